@@ -1,0 +1,44 @@
+# Two commands do all the set-up on a machine that has Python and its package index:
+#   make demo   the paper's table 1 on a small data set, in a few minutes
+#   make test   everything that tests need, then all of them
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Newest releases of the supported range that have wheels of both; a pair, because torchvision needs its own torch.
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+
+.PHONY: demo test lint docs readme clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.demo: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --editable ".[all]"
+	touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/mcobj reproduce --table 1 --dataset digits --preset smoke
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.test
+	$(BIN)/mkdocs build --strict
+
+# The README's figures come from recorded results.
+readme: $(VENV)/.demo
+	$(BIN)/python benchmarks/readme.py
+
+clean:
+	rm -rf $(VENV) build dist site

@@ -1,0 +1,46 @@
+"""This library, by its public API, on the paper's model of the examples package."""
+
+from collections.abc import Callable
+
+import torch
+from _protocol import ADAM_EPS, LEARNING_RATE, PIXELS, Settings, serve
+from torch import Tensor, nn
+
+from mcobjectives import IWAE
+from mcobjectives_examples.engine import Engine, make_step
+from mcobjectives_examples.models import paper_model
+
+# mode -> (engine, precision, samples back-propagated or None for all)
+MODES: dict[str, tuple[str, str, int | None]] = {
+    "eager": ("eager", "highest", None),
+    "compiled": ("compiled", "highest", None),
+    "exact": ("compiled", "medium", None),
+    "resampled": ("compiled", "medium", 5),
+    "resampled-bf16": ("compiled", "mixed", 5),
+}
+
+
+def build(settings: Settings) -> tuple[Callable, Callable]:
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(0)
+    model = paper_model(settings.layers, pixel_means=torch.full((PIXELS,), 0.5))
+    encoder, decoder = settings.initial()
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    with torch.no_grad():
+        for module, (weight, bias) in zip(linear, [p for net in encoder + decoder for p in net], strict=True):
+            module.weight.copy_(torch.from_numpy(weight).T)
+            module.bias.copy_(torch.from_numpy(bias))
+    engine, precision, m = MODES[settings.mode]
+    objective = IWAE(k=settings.k, backward_samples=None if m is None else min(m, settings.k))
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, eps=ADAM_EPS, fused=True)
+
+    train = make_step(Engine(engine, "as asked"), objective, model, optimizer, precision)
+
+    def step(x: Tensor) -> float:
+        return train(x).item()
+
+    return torch.from_numpy, step
+
+
+if __name__ == "__main__":
+    serve("ours", build, ["mcobjectives", "torch"], kind="ours", modes=list(MODES))

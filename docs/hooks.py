@@ -1,0 +1,551 @@
+"""mkdocs hook: `<!-- generated: NAME -->` in a page becomes what the code and the recorded results say at build time.
+
+No number on the site is copied by hand. What has not been run is said to be "not run".
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("mkdocs.hooks.generated")
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MARKER = re.compile(r"<!-- generated: (\w+) -->")
+NOT_RUN = "not run"
+
+
+def on_page_markdown(markdown: str, **kwargs: Any) -> str:
+    return fill(markdown)
+
+
+def fill(markdown: str) -> str:
+    """The page with every marker replaced."""
+    return MARKER.sub(lambda match: GENERATORS[match[1]](), markdown)
+
+
+# Tables of the paper.
+
+
+def tables() -> str:
+    """All tables, for each preset of which anything is recorded; where nothing is, the command that would run it."""
+    from mcobjectives_examples.paper import paper
+
+    return "\n\n".join(_table(number) for number in paper()["tables"])
+
+
+def _table(number: str) -> str:
+    from mcobjectives_examples import render
+    from mcobjectives_examples.findings import findings
+    from mcobjectives_examples.paper import table
+
+    parts = [f"## Table {number}: {table(number)['title']}"]
+    found = [
+        rows for folder in _folders() if (rows := _recorded_rows(number, folder))
+    ]
+    for rows in found:
+        parts.append(render.markdown(f"Table {number}", rows, findings(rows)))
+        parts.append(_provenance(result for row in rows for result in row.results))
+    if not found:
+        parts.append(
+            f"{NOT_RUN.capitalize()}. This runs it:\n\n```sh\nmcobj reproduce --table {number} --preset short\n```"
+        )
+    return "\n\n".join(parts)
+
+
+def _folders() -> list[Path]:
+    return [
+        folder
+        for name in ("paper", "bgs16", "short")
+        if (folder := RESULTS / name).is_dir()
+    ]
+
+
+def _recorded_rows(number: str, folder: Path) -> list[Any]:
+    """The rows of a table with what a folder holds, [] if that is nothing."""
+    from mcobjectives_examples import tables
+    from mcobjectives_examples.checkpoints import CheckpointError
+    from mcobjectives_examples.training import Config
+
+    files = sorted(folder.glob("*-seed*.json"))
+    if not files:
+        return []
+    # The preset as it was recorded: --set may have changed it. A second stage has a schedule of its own.
+    configs = (json.loads(file.read_text())["config"] for file in files)
+    preset = next(
+        (
+            Config.from_dict(config).preset
+            for config in configs
+            if config["after"] is None
+        ),
+        None,
+    )
+    if preset is None:
+        return []
+    seeds = sorted(
+        {
+            int(found[1])
+            for file in files
+            if (found := re.search(r"-seed(\d+)\.json$", file.name))
+        }
+    )
+    try:
+        rows = tables.with_results(tables.rows(number, preset, seeds=seeds), folder)
+    except CheckpointError as error:
+        log.warning("table %s: %s", number, error)
+        return []
+    used = [
+        i
+        for i in range(len(seeds))
+        if any(row.results[i] is not None for row in rows)
+    ]
+    return (
+        tables.with_results(
+            tables.rows(number, preset, seeds=[seeds[i] for i in used]), folder
+        )
+        if used
+        else []
+    )
+
+
+def _provenance(results: Iterable[dict[str, Any] | None]) -> str:
+    """Versions, machines, commits and dates of results, in a line."""
+    sources = [result["provenance"] for result in results if result is not None]
+    dates = sorted(source["date"][:10] for source in sources)
+    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    said = [
+        ", ".join(
+            sorted(
+                {
+                    f"mcobjectives {s['versions']['mcobjectives']}, torch {s['versions']['torch']}"
+                    for s in sources
+                }
+            )
+        ),
+        ", ".join(
+            sorted(
+                {
+                    s["machine"].get("gpu")
+                    or f"{s['machine']['cpu']}, {s['machine']['threads']} threads"
+                    for s in sources
+                }
+            )
+        ),
+        f"commit {', '.join(sorted({_short(s['commit']) for s in sources}))}",
+        when,
+    ]
+    return f"Recorded with {'; '.join(said)}.\n{{ .generated }}"
+
+
+# The same columns for objectives of one model on one data set.
+
+
+def evidence() -> str:
+    """NLL, KL, active units and k-hat of every objective on the 1L model and fixed MNIST, k = 50."""
+    header = (
+        "objective",
+        "NLL",
+        "over VAE, k = 1",
+        "KL(q ‖ posterior)",
+        "active units",
+        "ESS of 5000",
+        "k-hat too high",
+    )
+    known: dict[str, Any] = {}
+    for folder in _folders():
+        for number in ("1", "5", "6", "7"):
+            for row in _recorded_rows(number, folder):
+                if row.layers == 1 and any(
+                    result is not None for result in row.results
+                ):
+                    known.setdefault(row.configs[0].objective, row)
+        if known:
+            break
+    if not known:
+        return _not_run(
+            "mcobj reproduce --table 1 --preset short --layers 1",
+            ", and tables 5 to 7, ",
+        )
+    base = next(
+        (
+            row.mean("nll")
+            for name, row in known.items()
+            if name.startswith("vae(k=1")
+        ),
+        None,
+    )
+    lines = []
+    for name, row in sorted(known.items(), key=lambda item: item[1].mean("nll")):
+        nll, spread = row.mean("nll"), row.spread("nll") or row.mean("nll_stderr")
+        lines.append(
+            (
+                f"`{name}`",
+                f"{nll:.2f} ± {spread:.2f}",
+                "" if base is None else f"{nll - base:+.2f}",
+                f"{row.mean('kl_posterior'):.2f}",
+                row.units("active_units"),
+                f"{row.mean('ess_mean'):.0f}",
+                f"{100 * row.mean('khat_unreliable'):.0f} %",
+            )
+        )
+    from mcobjectives_examples.render import caption
+
+    rows = list(known.values())
+    error = (
+        "spread of the seeds"
+        if all(len(row.values("nll")) > 1 for row in rows)
+        else "standard error over the images"
+    )
+    return "\n\n".join(
+        (
+            _markdown_table(header, lines, right=range(1, 7)),
+            f"One stochastic layer; {caption(rows)}. ± is the {error}. Objectives that are missing are not run.",
+            _provenance(result for row in rows for result in row.results),
+        )
+    )
+
+
+# What is installed.
+
+
+def own(group: str) -> list[str]:
+    """This library's names of an entry-point group, whatever else is installed."""
+    from mcobjectives.plugins import distribution, registered
+
+    return [
+        name
+        for name, points in registered(group).items()
+        if distribution(points[0]) == "mcobjectives"
+    ]
+
+
+def objectives() -> str:
+    """This library's own objectives: parameters, and which estimators they allow."""
+    from mcobjectives import get_objective
+    from mcobjectives.catalogue import catalogue
+    from mcobjectives.plugins import ESTIMATORS
+
+    header = ("name", "parameters", *(f"`{name}`" for name in own(ESTIMATORS)))
+    lines = []
+    for entry in catalogue():
+        if entry.package == "mcobjectives":
+            label = f"[`{entry.name}`](api/index.md#mcobjectives.{get_objective(entry.name).__name__})"
+            allowed = (
+                "yes" if name in entry.estimators else "refused"
+                for name in own(ESTIMATORS)
+            )
+            lines.append((label, f"`{entry.parameters}`", *allowed))
+    return _markdown_table(header, lines)
+
+
+def presets() -> str:
+    """The training protocols."""
+    from mcobjectives_examples.presets import PRESETS
+
+    lines = [
+        (
+            f"`{p.name}`",
+            p.about,
+            str(p.passes),
+            str(p.batch_size),
+            str(p.backward_samples or "all"),
+            f"IWAE-{p.nll_k} on {'all' if p.test_images is None else p.test_images} images",
+        )
+        for p in PRESETS.values()
+    ]
+    return _markdown_table(
+        (
+            "preset",
+            "what it is",
+            "passes",
+            "batch",
+            "samples back-propagated",
+            "NLL",
+        ),
+        lines,
+    )
+
+
+def datasets() -> str:
+    """The data sets that the tables are made of."""
+    from mcobjectives_examples.datasets import DATASETS
+
+    lines = []
+    for s in DATASETS.values():
+        where = (
+            f"`{s.url}`"
+            if s.url
+            else f"torchvision's `{s.torchvision}`"
+            if s.torchvision
+            else "comes with scikit-learn"
+        )
+        lines.append(
+            (
+                f"`{s.name}`",
+                s.about,
+                f"{s.sizes[0]:,} / {s.sizes[1]:,}",
+                "yes" if s.binary else "no",
+                where,
+            )
+        )
+    return _markdown_table(
+        ("name", "what it is", "train / test", "binary", "from"), lines
+    )
+
+
+# The command line.
+
+
+def cli() -> str:
+    """Every command of `mcobj` with its options, from the program itself."""
+    import typer
+
+    from mcobjectives.cli import app
+
+    group: Any = typer.main.get_command(app)
+    parts = []
+    for name, command in group.commands.items():
+        arguments = " ".join(
+            p.name.upper()
+            for p in command.params
+            if p.param_type_name == "argument"
+        )
+        usage = " ".join(filter(None, ("mcobj", name, "[OPTIONS]", arguments)))
+        parts += [f"## {name}", _unwrapped(command.help), f"```text\n{usage}\n```"]
+        lines = [_option(p) for p in command.params]
+        parts.append(_markdown_table(("option", "default", "meaning"), lines))
+    return "\n\n".join(parts)
+
+
+def _option(parameter: Any) -> tuple[str, str, str]:
+    names = [*parameter.opts, *parameter.secondary_opts]
+    if parameter.param_type_name == "argument":
+        return f"`{parameter.name.upper()}`", "required", parameter.help or ""
+    if parameter.required:
+        default = "required"
+    elif (
+        parameter.default is None
+        or parameter.default is False
+        or parameter.default == []
+    ):
+        default = ""
+    else:
+        default = f"`{'--' + parameter.name if parameter.default is True else parameter.default}`"
+    return ", ".join(f"`{n}`" for n in names), default, parameter.help or ""
+
+
+# Measurements.
+
+
+def speed() -> str:
+    """Step time and memory of this library, its peers and the bare matrix products."""
+    record = _read("speed.json")
+    if record is None:
+        return _not_run(
+            "python benchmarks/speed.py --out benchmarks/results/speed.json"
+        )
+    parts = []
+    for layers, k in dict.fromkeys(
+        (row["layers"], row["k"]) for row in record["rows"]
+    ):
+        rows = sorted(
+            (r for r in record["rows"] if (r["layers"], r["k"]) == (layers, k)),
+            key=lambda r: r["median_ms"],
+        )
+        peers = [r for r in rows if r["kind"] == "peer"]
+        best = peers[0] if peers else None
+        lines = []
+        for row in rows:
+            ratio = (
+                ""
+                if best is None
+                else f"{best['median_ms'] / row['median_ms']:.2f}×"
+            )
+            name = f"**{row['name']}**" if row["kind"] == "ours" else row["name"]
+            quartiles = f"{row['q25_ms']:.1f} to {row['q75_ms']:.1f}"
+            lines.append(
+                (
+                    name,
+                    f"{row['median_ms']:.1f}",
+                    quartiles,
+                    f"{row['peak_mb']:.0f}",
+                    ratio,
+                )
+            )
+        against = f"times as fast as {best['name']}" if best else "ratio"
+        parts.append(
+            f"## {layers} stochastic layer{'s' if layers > 1 else ''}, k = {k}"
+        )
+        parts.append(
+            _markdown_table(
+                ("", "ms a step", "quartiles", "peak MB", against),
+                lines,
+                right=range(1, 5),
+            )
+        )
+    source = record["provenance"]
+    versions = {
+        name: v for row in record["rows"] for name, v in row["versions"].items()
+    }
+    listed = ", ".join(f"{name} {v}" for name, v in sorted(versions.items()))
+    changed = (
+        " with uncommitted changes" if source.get("uncommitted_changes") else ""
+    )
+    where = f"{source['cpu']}, {source['threads']} threads; Python {source['python']}, {listed}"
+    parts.append(
+        f"Recorded on {source['date'][:10]}; {where}; commit {source['commit'][:10]}{changed}.\n{{ .generated }}"
+    )
+    return "\n\n".join(parts)
+
+
+def snr() -> str:
+    """Slopes of log SNR in log k on Rainforth's toy."""
+    record = _read("snr.json")
+    if record is None:
+        return _not_run(
+            "python benchmarks/snr.py --out benchmarks/results/snr.json"
+        )
+    lines = [
+        (
+            f"`{estimator}`",
+            {"theta": "θ (generative)", "phi": "φ (inference)"}[group],
+            f"{fit['slope']:+.2f} ± {fit['stderr']:.2f}".replace("-", "−"),
+        )
+        for estimator, groups in record["slopes"].items()
+        for group, fit in groups.items()
+    ]
+    table = _markdown_table(("estimator", "parameters", "slope"), lines, right=[2])
+    figure = Path("assets/snr.png")
+    shown = (
+        f"![SNR of the gradient against k]({figure})"
+        if (ROOT / "docs" / figure).exists()
+        else ""
+    )
+    return "\n\n".join(
+        filter(None, (table, shown, _provenance([{"provenance": record}])))
+    )
+
+
+def memory() -> str:
+    """Peak memory of a step at large k in chunks, over one at k = 50."""
+    record = _read("memory.json")
+    if record is None:
+        return _not_run(
+            "python benchmarks/memory.py --out benchmarks/results/memory.json"
+        )
+    on_gpu = any("peak_cuda_mb" in row for row in record["rows"])
+    lines = []
+    for row in record["rows"]:
+        cells = [
+            f"`{row['gradient']}`",
+            str(row["k"]),
+            str(row["chunk_size"] or "all"),
+        ]
+        cells += [f"{row['peak_rss_mb']:.0f}", f"{row['over_k50']:.2f}"]
+        lines.append((*cells, f"{row['peak_cuda_mb']:.0f}") if on_gpu else cells)
+    header = [
+        "estimator",
+        "k",
+        "samples at a time",
+        "peak MB",
+        "over k = 50",
+        *(["peak CUDA MB"] if on_gpu else []),
+    ]
+    return (
+        _markdown_table(header, lines, right=range(1, len(header)))
+        + "\n\n"
+        + _provenance([record])
+    )
+
+
+def pyro_speed() -> str:
+    """A step of SVI with ObjectiveELBO beside Pyro's own losses."""
+    record = _read("pyro_step.json")
+    if record is None:
+        return _not_run(
+            "python benchmarks/pyro_step.py --out benchmarks/results/pyro_step.json"
+        )
+    lines = []
+    for k, rows in record["k"].items():
+        for name, row in rows.items():
+            quartiles = " to ".join(f"{q:.2f}" for q in row["quartiles_ms"])
+            lines.append(
+                (
+                    k,
+                    name,
+                    f"{row['median_ms']:.2f}",
+                    quartiles,
+                    f"{row['ratio_to_renyi']:.2f}",
+                )
+            )
+    table = _markdown_table(
+        ("k", "loss", "ms a step", "quartiles", "of RenyiELBO's time"),
+        lines,
+        right=range(2, 5),
+    )
+    versions = ", ".join(
+        f"{name} {v}" for name, v in sorted(record["versions"].items())
+    )
+    where = f"{record['cpu']}, {record['threads']} threads; {versions}"
+    return f"{table}\n\nRecorded on {record['date'][:10]}; {where}; commit {_short(record['commit'])}.\n{{ .generated }}"
+
+
+def changelog() -> str:
+    """CHANGELOG.md without its title."""
+    return (ROOT / "CHANGELOG.md").read_text().partition("\n")[2]
+
+
+def _not_run(command: str, more: str = " ") -> str:
+    return f"{NOT_RUN.capitalize()}: `{command}`{more}fills this in."
+
+
+def _short(commit: str | None) -> str:
+    return (
+        (commit[:10] + ("+changes" if "+" in commit else ""))
+        if commit
+        else "unknown"
+    )
+
+
+def _read(name: str) -> dict[str, Any] | None:
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _unwrapped(text: str | None) -> str:
+    return re.sub(r"(?<!\n)\n(?!\n)", " ", text or "")
+
+
+def _markdown_table(
+    header: Sequence[str],
+    lines: Iterable[Sequence[str]],
+    right: Sequence[int] | range = (),
+) -> str:
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    rule = line("---:" if i in right else "---" for i in range(len(header)))
+    return "\n".join([line(header), rule, *map(line, lines)])
+
+
+GENERATORS: dict[str, Callable[[], str]] = {
+    f.__name__: f
+    for f in (
+        tables,
+        evidence,
+        objectives,
+        presets,
+        datasets,
+        cli,
+        speed,
+        memory,
+        snr,
+        pyro_speed,
+        changelog,
+    )
+}

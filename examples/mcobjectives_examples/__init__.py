@@ -1,0 +1,1 @@
+"""The models, data sets, training and tables of the paper, built on mcobjectives."""

@@ -1,0 +1,143 @@
+"""One cell of a table: train it, evaluate it, record it. What is recorded is not run again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mcobjectives.evaluation import evaluate, layer_activity
+from mcobjectives_examples import checkpoints
+from mcobjectives_examples.datasets import Dataset, test_set
+from mcobjectives_examples.engine import set_precision
+from mcobjectives_examples.models import PaperModel
+from mcobjectives_examples.presets import Preset
+from mcobjectives_examples.provenance import provenance
+from mcobjectives_examples.training import Config, Interrupted, Progress, Trainer
+
+EVALUATION_SEED = 20210401
+OnProgress = Callable[[str, float, float], None]
+"""(what is being done, done, total)."""
+
+
+def result_path(out: Path, config: Config) -> Path:
+    return out / f"{config.name}.json"
+
+
+def checkpoint_path(out: Path, config: Config) -> Path:
+    return out / f"{config.name}.pt"
+
+
+def recorded(out: Path, config: Config, dataset_sha256: str | None = None) -> dict[str, Any] | None:
+    """The recorded result of a cell, None if there is none; raises if the file is another configuration's."""
+    path = result_path(out, config)
+    if not path.exists():
+        return None
+    result = checkpoints.read_json(path)
+    theirs = result.get("config") if isinstance(result, dict) else None
+    if not isinstance(theirs, dict) or not {"metrics", "data"} <= result.keys():
+        raise checkpoints.CheckpointError(f"{path} is not a recorded result: move it away to run that cell again")
+    expected = config.to_dict(dataset_sha256 or str(theirs.get("data_sha256")))
+    if theirs != expected:
+        differing = sorted(key for key in expected.keys() | theirs.keys() if theirs.get(key) != expected.get(key))
+        raise checkpoints.CheckpointError(
+            f"{path} was recorded with other settings ({', '.join(differing)}): choose another --out or move it away"
+        )
+    return result
+
+
+def run_cell(
+    config: Config,
+    dataset: Dataset,
+    out: Path,
+    device: torch.device,
+    *,
+    engine: str = "auto",
+    on_progress: OnProgress = lambda what, done, total: None,
+    stop: Callable[[], bool] = lambda: False,
+    log: Callable[[str, float, int], None] | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """The cell's result, from its file or by training; raises `Interrupted` with a checkpoint if `stop()` is true.
+
+    `note` is told how the steps are executed, and why.
+    """
+    found = recorded(out, config, dataset.checksum)
+    if found is not None:
+        return found
+    surroundings = provenance()  # as the run starts: the checkout may move on while it trains
+    trainer = Trainer(config, dataset, device, checkpoint_path(out, config), engine=engine, log=log, note=note)
+    if not trainer.restore() and config.after is not None:
+        trainer.start_from(out / f"{config.first_stage_name}.pt")
+
+    def on_step(progress: Progress) -> None:
+        on_progress("train", progress.done, progress.passes)
+
+    trainer.run(on_step, stop)
+    began = time.monotonic()
+    metrics = evaluate_model(trainer.model, test_images(dataset, config), config.preset, on_progress, stop)
+    result = {
+        "config": trainer.record,
+        "metrics": metrics,
+        "learning_curve": trainer.history,
+        "data": describe(dataset),
+        "engine": trainer.engine.name if trainer.engine else "",
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "seconds": {"train": round(trainer.seconds, 2), "evaluate": round(time.monotonic() - began, 2)},
+        "provenance": surroundings,
+    }
+    checkpoints.write_json(result_path(out, config), result)
+    return result
+
+
+def test_images(dataset: Dataset, config: Config) -> Tensor:
+    """The binary test images that a configuration is evaluated on, `(n, pixels)`."""
+    images = test_set(dataset, config.binarisation)
+    n = config.preset.test_images
+    if n is None or n >= len(images):
+        return images
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(EVALUATION_SEED))[:n]]
+
+
+def evaluate_model(
+    model: PaperModel,
+    images: Tensor,
+    preset: Preset,
+    on_progress: OnProgress = lambda what, done, total: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """NLL and its companions on the test images, and active units per layer, as plain values."""
+    device = next(model.parameters()).device
+    images = images.to(device)
+    set_precision("highest")
+    torch.manual_seed(EVALUATION_SEED)
+    model.eval()
+
+    def progress(done: int) -> None:
+        on_progress("evaluate", done, len(images))
+        if stop():
+            raise Interrupted
+
+    with torch.no_grad():
+        evaluation = evaluate(model, images, k=preset.nll_k, progress=progress)
+        layers = layer_activity(model, images)
+    return evaluation.to_dict() | {
+        "active_units": [layer.active for layer in layers],
+        "pca_active_units": [layer.pca for layer in layers],
+    }
+
+
+def describe(dataset: Dataset) -> dict[str, Any]:
+    """What was read: files with checksums, and whether an official checksum vouches for them."""
+    return {
+        "name": dataset.name,
+        "source": dataset.source,
+        "sha256": dataset.checksum,
+        "files": [{"path": f.path, "sha256": f.sha256, "verified": f.verified} for f in dataset.files],
+        "train": len(dataset.train),
+        "test": len(dataset.test),
+    }

@@ -1,0 +1,151 @@
+"""How long and with which optimiser to train: the paper's protocol, the original's, and two shorter ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from mcobjectives import MIWAE, Split
+from mcobjectives.specs import format_objective, parse_objective
+from mcobjectives_examples.datasets import default_binarisation
+from mcobjectives_examples.engine import set_precision
+
+PRESETS: dict[str, Preset] = {}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A training and evaluation protocol.
+
+    `stages` are (passes, learning rate); with `one_cycle` the one stage's rate is the peak of a warm-up over the first
+    tenth and a cosine down to zero. `binarisation` overrides the data set's own choice. `backward_samples` is how many
+    of an objective's samples are back-propagated, None for all. `nll_k` samples estimate log p(x) at the end, on all
+    test images or on a random `test_images` of them.
+    """
+
+    name: str
+    about: str
+    stages: tuple[tuple[int, float], ...]
+    one_cycle: bool = False
+    batch_size: int = 100
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-4
+    binarisation: str | None = None
+    backward_samples: int | None = None
+    precision: str = "highest"
+    nll_k: int = 5000
+    test_images: int | None = None
+
+    @property
+    def passes(self) -> int:
+        return sum(passes for passes, _ in self.stages)
+
+    def learning_rate(self, position: float) -> float:
+        """The learning rate after `position` passes (a fraction is part of a pass)."""
+        if self.one_cycle:
+            peak, done = self.stages[0][1], position / self.passes
+            warm_up = 0.1
+            if done < warm_up:
+                return peak * (0.04 + 0.96 * done / warm_up)
+            return peak * 0.5 * (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up)))
+        for passes, rate in self.stages:
+            if position < passes:
+                return rate
+            position -= passes
+        return self.stages[-1][1]
+
+    def binarisation_of(self, dataset: str) -> str:
+        """How the protocol makes a data set binary."""
+        default = default_binarisation(dataset)
+        return default if default == "fixed" else self.binarisation or default
+
+    def with_passes(self, passes: int) -> Preset:
+        """The same protocol for another number of passes: a one-cycle is stretched, stages are cut off."""
+        if self.one_cycle:
+            return replace(self, stages=((passes, self.stages[0][1]),))
+        kept, left = [], passes
+        for stage, rate in self.stages:
+            if left > 0:
+                kept.append((min(stage, left), rate))
+            left -= stage
+        if left > 0:
+            raise ValueError(f"preset {self.name!r} has {self.passes} passes: {passes} are more than its schedule")
+        return replace(self, stages=tuple(kept))
+
+    def continued(self, passes: int, rate: float) -> Preset:
+        """The protocol of a second stage of so many passes, no more than the first has; a one-cycle is repeated."""
+        return self if self.one_cycle else replace(self, stages=((min(passes, self.passes), rate),))
+
+
+def _stages(first_rate: float) -> tuple[tuple[int, float], ...]:
+    return tuple((3**i, first_rate * 10 ** (-i / 7)) for i in range(8))
+
+
+for _preset in (
+    Preset("paper", "the paper's: 3280 passes in eight stages; days on a CPU", _stages(1e-4)),
+    Preset(
+        "bgs16",
+        "the original's where it differs: batches of 20, rates from 1e-3, re-binarised every pass",
+        _stages(1e-3),
+        batch_size=20,
+        binarisation="epoch",
+    ),
+    Preset(
+        "short",
+        "one learning-rate cycle, under an hour for the 1L rows of table 1 on two cores",
+        ((100, 2e-3),),
+        one_cycle=True,
+        backward_samples=10,
+        precision="mixed",
+    ),
+    Preset(
+        "smoke",
+        "seconds a cell: shows that everything works, not what is true",
+        ((12, 2e-3),),
+        one_cycle=True,
+        test_images=500,
+    ),
+):
+    PRESETS[_preset.name] = _preset
+
+
+_CHANGEABLE = ("passes", "batch_size", "nll_k", "test_images", "backward_samples")
+
+
+def configured(name: str, overrides: Sequence[str], precision: str | None = None) -> tuple[Preset, int | None]:
+    """A preset changed by `NAME=VALUE` texts, and the cap on k if `k=N` is among them."""
+    preset, cap = get_preset(name), None
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if key not in (*_CHANGEABLE, "k"):
+            raise ValueError(f"cannot set {text!r}: choose from {', '.join((*_CHANGEABLE, 'k'))}")
+        if not value.isdecimal() or int(value) < 1:
+            raise ValueError(f"{key} must be an integer of at least 1, got {value!r}")
+        if key == "k":
+            cap = int(value)
+        else:
+            preset = preset.with_passes(int(value)) if key == "passes" else replace(preset, **{key: int(value)})  # type: ignore[arg-type]
+    preset = replace(preset, precision=precision or preset.precision)
+    set_precision(preset.precision)  # an unknown one raises here
+    return preset, cap
+
+
+def capped(spec: str, cap: int | None) -> str:
+    """The objective's spec with at most `cap` samples (MIWAE keeps k1, in fewer groups, where it can)."""
+    objective = parse_objective(spec)
+    if cap is None or objective.k <= cap:
+        return spec
+    if isinstance(objective, Split):
+        raise ValueError(f"k={cap} cannot cap {spec!r}: give its parts fewer samples")
+    if isinstance(objective, MIWAE):
+        k1 = min(objective.k1, cap)
+        return format_objective(replace(objective, k1=k1, k2=max(1, cap // k1)))
+    return format_objective(replace(objective, k=cap))  # type: ignore[call-arg]
+
+
+def get_preset(name: str) -> Preset:
+    """The preset of that name; raises `ValueError` with the choices."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,53 @@
+"""Where a number comes from: versions, commit and machine, to be recorded beside it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def provenance() -> dict[str, Any]:
+    """What a recorded result says of its surroundings; no host name and no path."""
+    return {
+        "versions": {name: version(name) for name in ("mcobjectives", "torch", "torchvision", "numpy")}
+        | {"python": platform.python_version()},
+        "commit": commit(),
+        "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+        | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def commit() -> str | None:
+    """The checkout's commit, marked "+changes" where files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        head = _git(here, "rev-parse", "HEAD")
+        # The parent of an installed package may be somebody else's repository.
+        _git(here, "ls-files", "--error-unmatch", Path(__file__).name)
+        changed = _git(here, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+changes" if changed else "")
+
+
+def _git(folder: Path, *command: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(folder), *command], check=True, capture_output=True, text=True, timeout=20
+    ).stdout.strip()
+
+
+def cpu_model() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

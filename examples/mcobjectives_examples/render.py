@@ -1,0 +1,132 @@
+"""Tables as text: one set of columns for the terminal, Markdown and JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from mcobjectives_examples.findings import Finding
+from mcobjectives_examples.paper import table
+from mcobjectives_examples.tables import Row
+
+HEADER = ("L", "objective", "k", "NLL", "paper", "BGS16", "active", "PCA", "KL")
+NOT_RUN = "not run"
+
+
+def cells(row: Row) -> list[str]:
+    """The columns of `HEADER` for one row; a seed that is missing marks the row."""
+    nll, spread = row.mean("nll"), row.spread("nll")
+    ours = NOT_RUN if nll is None else f"{nll:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
+    if nll is not None and not row.complete:
+        ours += f" ({len(row.values('nll'))}/{len(row.results)} seeds)"
+    kl = row.mean("kl_posterior")
+    comparable = nll if row.on_papers_data else None
+    name, _, options = row.label.partition("(")
+    return [
+        str(row.layers),
+        row.label if row.after or not options.startswith("k=") else name + _rest(options),
+        str(row.k),
+        ours,
+        _beside(comparable, row.paper["nll"]),
+        _beside(comparable, (row.bgs16 or {}).get("nll")),
+        f"{row.units('active_units')}/{_units(row.paper.get('active_units'))}",
+        f"{row.units('pca_active_units')}/{_units(row.paper.get('pca_active_units'))}",
+        f"{'' if kl is None else f'{kl:.2f}'}/{row.paper.get('kl_posterior', '')}",
+    ]
+
+
+def _rest(options: str) -> str:
+    rest = options.rstrip(")").partition(", ")[2]
+    return f"({rest})" if rest else ""
+
+
+def _beside(ours: float | None, theirs: float | None) -> str:
+    """Their number, and by how much ours differs."""
+    if theirs is None:
+        return ""
+    return f"{theirs:.2f}" if ours is None else f"{theirs:.2f} {ours - theirs:+.2f}"
+
+
+def _units(values: Sequence[int] | None) -> str:
+    return "+".join(map(str, values)) if values else ""
+
+
+def counted(n: int, what: str) -> str:
+    """ "1 pass", "2 passes"."""
+    return f"{n} {what}" + ("" if n == 1 else "es" if what.endswith("s") else "s")
+
+
+def caption(table_rows: Sequence[Row]) -> str:
+    """Which protocol, how many passes and seeds, and which data a table's numbers come from."""
+    config = table_rows[0].configs[0]
+    preset = config.preset
+    checksums = {r["data"]["sha256"][:12]: r["data"] for row in table_rows for r in row.results if r is not None}
+    data = "; ".join(
+        f"data sha256 {sha}… ({'verified' if all(f['verified'] for f in d['files']) else 'no official checksum'})"
+        for sha, d in checksums.items()
+    )
+    least = min((d["test"] for d in checksums.values()), default=math.inf)
+    few = preset.test_images is not None and preset.test_images < least
+    images = f"{preset.test_images} random test images" if few else "all test images"
+    passes, theirs = counted(preset.passes, "pass"), "3280"
+    if table_rows[0].first_stages:
+        passes = f"{table_rows[0].first_stages[0].preset.passes} and {passes}"
+        theirs += f" and {table(10)['second_stage']['passes']}"
+    parts = [
+        f"preset {preset.name}: {passes} (the paper's: {theirs}), batch {preset.batch_size}",
+        counted(len(table_rows[0].configs), "seed"),
+        f"{config.dataset}, binarisation {config.binarisation}",
+        f"NLL by IWAE-{preset.nll_k} on {images}, in nats, with ours minus theirs",
+        "units and KL as ours/paper's",
+    ]
+    if preset.backward_samples:
+        parts.append(f"{preset.backward_samples} of k samples back-propagated")
+    if any(row.capped for row in table_rows):
+        parts.append(f"k capped at {max(row.k for row in table_rows)}")
+    if not table_rows[0].on_papers_data:
+        parts.append("not the paper's data set: no differences")
+    if preset.precision != "highest":
+        parts.append(f"precision {preset.precision} in training")
+    return "; ".join(parts + ([data] if data else []))
+
+
+def markdown(title: str, table_rows: Sequence[Row], found: Sequence[Finding]) -> str:
+    """The table, its caption and its findings in Markdown."""
+    lines = [f"**{title}.** {caption(table_rows)}.", ""]
+    lines += [_line(HEADER), _line("---" if i in (0, 1) else "---:" for i in range(len(HEADER)))]
+    lines += [_line(cells(row)) for row in table_rows]
+    if found:
+        lines += ["", *(f"- *{f.verdict}*: {f.claim}: {f.figures}." for f in found)]
+    return "\n".join(lines) + "\n"
+
+
+def _line(values: Any) -> str:
+    return "| " + " | ".join(values) + " |"
+
+
+def _difference(row: Row) -> float | None:
+    nll = row.mean("nll")
+    return nll - row.paper["nll"] if nll is not None and row.on_papers_data else None
+
+
+def as_json(title: str, table_rows: Sequence[Row], found: Sequence[Finding]) -> dict[str, Any]:
+    """The table for machines: per row the paper's numbers and each seed's metrics, None where not run."""
+    return {
+        "title": title,
+        "caption": caption(table_rows),
+        "rows": [
+            {
+                "layers": row.layers,
+                "objective": row.objective,
+                "after": row.after,
+                "trained_as": row.configs[0].objective,
+                "ours": [None if r is None else r["metrics"] for r in row.results],
+                "paper": row.paper,
+                "bgs16": row.bgs16,
+                "difference": _difference(row),
+            }
+            for row in table_rows
+        ],
+        "findings": [{"claim": f.claim, "verdict": f.verdict, "figures": f.figures} for f in found],
+    }

@@ -1,0 +1,171 @@
+"""The paper's tables: which cells they have, what of them is recorded, and which findings hold."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mcobjectives.evaluation import evaluate
+from mcobjectives.specs import parse_objective
+from mcobjectives_examples.cells import recorded, test_images
+from mcobjectives_examples.datasets import Dataset
+from mcobjectives_examples.models import paper_model
+from mcobjectives_examples.paper import table
+from mcobjectives_examples.presets import Preset, capped
+from mcobjectives_examples.training import Config, canonical, training_objective
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell of the paper's table, its configurations (one a seed), and what they gave, None where not run."""
+
+    layers: int
+    objective: str
+    after: str | None
+    paper: dict[str, Any]
+    bgs16: dict[str, Any] | None
+    configs: tuple[Config, ...]
+    first_stages: tuple[Config, ...] = ()
+    on_papers_data: bool = True
+    results: tuple[dict[str, Any] | None, ...] = ()
+
+    @property
+    def k(self) -> int:
+        """Samples it is trained with, fewer than the paper's where they are capped."""
+        return parse_objective(self.configs[0].objective).k
+
+    @property
+    def capped(self) -> bool:
+        return self.k < parse_objective(self.objective).k
+
+    @property
+    def family(self) -> str:
+        """ "vae" or "iwae" for a row of one of these without further options, else empty."""
+        plain = re.fullmatch(r"(vae|iwae)\(k=\d+\)", self.objective)
+        return plain[1] if plain else ""
+
+    @property
+    def label(self) -> str:
+        return self.objective if self.after is None else f"{self.after} then {self.objective}"
+
+    def values(self, metric: str) -> list[Any]:
+        return [result["metrics"][metric] for result in self.results if result is not None]
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.results) and None not in self.results
+
+    def mean(self, metric: str) -> float | None:
+        values = self.values(metric)
+        return statistics.fmean(values) if values else None
+
+    def spread(self, metric: str) -> float | None:
+        values = self.values(metric)
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    def units(self, metric: str) -> str:
+        """Units per layer, joined by "+", averaged over seeds."""
+        values = self.values(metric)
+        return "+".join(f"{statistics.fmean(layer):.3g}" for layer in zip(*values, strict=True)) if values else ""
+
+
+def rows(
+    number: int | str,
+    preset: Preset,
+    *,
+    dataset: str | None = None,
+    binarisation: str | None = None,
+    seeds: Sequence[int] = (0,),
+    layers: Sequence[int] | None = None,
+    cap: int | None = None,
+) -> list[Row]:
+    """The rows of a table as configurations of a preset, on the paper's data set or another; `cap` limits every k."""
+    grid = table(number)
+    name = dataset or grid["dataset"]
+    protocol = binarisation or preset.binarisation_of(name)
+    found = []
+    for row in grid["rows"]:
+        if layers and row["layers"] not in layers:
+            continue
+        after = row.get("after")
+        config = Config(name, protocol, row["layers"], canonical(capped(row["objective"], cap)), preset)
+        first_stages: tuple[Config, ...] = ()
+        if after is not None:
+            first = replace(config, objective=canonical(capped(after, cap)))
+            first_stages = tuple(replace(first, seed=seed) for seed in seeds)
+            config = replace(config, preset=preset.continued(**grid["second_stage"]), after=first.objective)
+        configs = tuple(replace(config, seed=seed) for seed in seeds)
+        found.append(
+            Row(
+                row["layers"],
+                row["objective"],
+                after,
+                row["paper"],
+                row.get("bgs16"),
+                configs,
+                first_stages,
+                name == grid["dataset"],
+            )
+        )
+    return found
+
+
+def configurations(table_rows: Sequence[Row]) -> list[Config]:
+    """All distinct configurations to train, first stages before the second, cells that rows share once."""
+    ordered: dict[Config, None] = {}
+    for row in table_rows:
+        ordered |= dict.fromkeys((*row.first_stages, *row.configs))
+    return sorted(ordered, key=lambda config: config.after is not None)
+
+
+def with_results(table_rows: Sequence[Row], out: Path, data_sha256: str | None = None) -> list[Row]:
+    """The rows with what is recorded in a folder."""
+    return [replace(row, results=tuple(recorded(out, c, data_sha256) for c in row.configs)) for row in table_rows]
+
+
+def estimate_seconds(configs: Sequence[Config], dataset: Dataset, device: torch.device) -> float:
+    """How long the configurations would take, from a few timed steps of each; compiling may save a half of it."""
+    steps: dict[tuple[int, str], float] = {}
+    evaluations: dict[int, float] = {}
+    total = 0.0
+    state = torch.get_rng_state()
+    for config in configs:
+        preset = config.preset
+        key = config.layers, config.objective
+        if key not in steps:
+            steps[key] = _time_step(config, dataset, device)
+        if config.layers not in evaluations:
+            evaluations[config.layers] = _time_evaluation(config, dataset, device)
+        total += preset.passes * -(-len(dataset.train) // preset.batch_size) * steps[key] + evaluations[config.layers]
+    torch.set_rng_state(state)
+    return total
+
+
+def _time_step(config: Config, dataset: Dataset, device: torch.device) -> float:
+    model = paper_model(config.layers, dataset.train.mean(0)).to(device)
+    objective = training_objective(config.objective, config.preset)
+    x = dataset.train[: config.preset.batch_size].to(device)
+    return _fastest(lambda: float(objective(model, x).backward() or 0.0), 4)
+
+
+def _time_evaluation(config: Config, dataset: Dataset, device: torch.device) -> float:
+    model = paper_model(config.layers, dataset.train.mean(0)).to(device)
+    images = test_images(dataset, config)
+    few, k = images[:20].to(device), min(config.preset.nll_k, 500)
+    return _fastest(lambda: evaluate(model, few, k=k).nll, 2) * len(images) / len(few) * config.preset.nll_k / k
+
+
+def _fastest(run: Callable[[], Any], times: int) -> float:
+    elapsed = []
+    for _ in range(times):
+        began = time.perf_counter()
+        run()
+        elapsed.append(time.perf_counter() - began)
+    return min(elapsed)

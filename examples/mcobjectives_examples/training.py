@@ -1,0 +1,319 @@
+"""Train one cell: data on the device, an explicit seed, checkpoints from which a killed run goes on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mcobjectives import IWAE, MIWAE, VAE, Split
+from mcobjectives.objective import Objective
+from mcobjectives.specs import format_objective, parse_objective
+from mcobjectives_examples import checkpoints
+from mcobjectives_examples.datasets import Dataset, binarise
+from mcobjectives_examples.engine import Engine, choose_engine, make_step, require_engine
+from mcobjectives_examples.models import PaperModel, paper_model
+from mcobjectives_examples.presets import Preset
+
+SECONDS_BETWEEN_CHECKPOINTS = 20.0
+LARGEST_SEED = 2**31
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has written its checkpoint."""
+
+
+class TrainingError(RuntimeError):
+    """Training went wrong: a bound or a parameter is not finite any more. The last checkpoint is kept."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that determines a trained model, but for the machine it runs on."""
+
+    dataset: str
+    binarisation: str
+    layers: int
+    objective: str
+    preset: Preset
+    seed: int = 0
+    after: str | None = None
+
+    def to_dict(self, data_sha256: str) -> dict[str, Any]:
+        """As plain JSON values, with the data's checksum."""
+        return json.loads(json.dumps(asdict(self) | {"data_sha256": data_sha256}))
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any], **changes: Any) -> Config:
+        """The configuration of a record, with changes to its preset."""
+        preset = dict(record["preset"]) | changes
+        preset |= {"stages": tuple(map(tuple, preset["stages"])), "betas": tuple(preset["betas"])}
+        kept = {f.name: record[f.name] for f in fields(cls) if f.name != "preset"}
+        return cls(**kept, preset=Preset(**preset))
+
+    @property
+    def first_stage_name(self) -> str:
+        """The name of the run whose parameters this one starts from."""
+        assert self.after is not None
+        return replace(self, objective=self.after, after=None).name
+
+    @property
+    def name(self) -> str:
+        """A file name that says what was trained."""
+        after = "" if self.after is None else f"-after-{_slug(self.after)}"
+        return f"{self.dataset}-{self.binarisation}-{self.layers}L-{_slug(self.objective)}{after}-seed{self.seed}"
+
+
+def _slug(spec: str) -> str:
+    return "-".join(filter(None, re.split(r"[^A-Za-z0-9._-]+", spec)))
+
+
+def training_objective(spec: str, preset: Preset) -> Objective:
+    """The objective of a spec as the preset trains it, with its `backward_samples` where there are more than those."""
+    objective = parse_objective(spec)
+    m = preset.backward_samples
+    if m is None or objective.k <= m or objective.backward_samples is not None or objective.chunk_size is not None:
+        return objective
+    return replace(objective, backward_samples=m)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, for a progress bar."""
+
+    done: float  # passes
+    passes: int
+    bound: float | None  # mean bound of the last whole pass, nats
+    engine: str
+
+
+class Trainer:
+    """One training run: build it, `restore()` if its checkpoint is there, `run()`."""
+
+    def __init__(
+        self,
+        config: Config,
+        dataset: Dataset,
+        device: torch.device,
+        checkpoint: Path,
+        *,
+        engine: str = "auto",
+        log: Callable[[str, float, int], None] | None = None,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        require_engine(engine)
+        self.config, self.preset, self.device, self.checkpoint = config, config.preset, device, checkpoint
+        self.record = config.to_dict(dataset.checksum)
+        self.objective = training_objective(config.objective, config.preset)
+        self.wanted_engine, self.log, self.note = engine, log, note
+        if not 0 <= config.seed < LARGEST_SEED:
+            raise ValueError(f"seed must be from 0 to {LARGEST_SEED - 1}, got {config.seed}")
+        torch.manual_seed(config.seed)
+        self.pixels = dataset.train.to(device)
+        drawn = binarise(self.pixels, config.binarisation, self._generator("once"))  # an unfit protocol raises here
+        if config.binarisation == "once":
+            self.pixels = drawn
+        self.model: PaperModel = paper_model(config.layers, dataset.train.mean(0)).to(device)
+        self.optimiser = torch.optim.Adam(
+            self.model.parameters(), lr=1e-3, betas=self.preset.betas, eps=self.preset.eps, fused=True
+        )
+        self.epoch = self.step = 0
+        self.total = torch.zeros((), dtype=torch.float64, device=device)  # of the current pass's bounds
+        self.history: list[float] = []
+        self.seconds = 0.0
+        self.engine: Engine | None = None
+        self.rng = self._rng_state()  # what others draw between now and `run` changes nothing
+
+    @property
+    def steps_per_pass(self) -> int:
+        return math.ceil(len(self.pixels) / self.preset.batch_size)
+
+    @property
+    def progress(self) -> Progress:
+        last = self.history[-1] if self.history else None
+        return Progress(
+            self.epoch + self.step / self.steps_per_pass,
+            self.preset.passes,
+            last,
+            self.engine.name if self.engine else "",
+        )
+
+    def start_from(self, path: Path) -> None:
+        """Take the model's parameters from the finished first stage's checkpoint."""
+        state = checkpoints.load(path, None, self.device)
+        theirs = json.loads(state["config"])
+        if theirs != self.record | {"objective": self.config.after, "after": None, "preset": theirs.get("preset")}:
+            raise checkpoints.CheckpointError(f"{path} is not the first stage of {self.config.name}: move it away")
+        with checkpoints.readable(path):
+            if state["position"]["epoch"] < Config.from_dict(theirs).preset.passes:
+                raise checkpoints.CheckpointError(f"{path} is not trained to its end: train the first stage first")
+            self.model.load_state_dict(state["model"])
+
+    def run(self, on_step: Callable[[Progress], None] | None = None, stop: Callable[[], bool] = lambda: False) -> None:
+        """Train to the end of the preset; raises `Interrupted` after a checkpoint once `stop()` is true."""
+        self.model.train()
+        self._set_rng_state(self.rng)
+        if self.epoch < self.preset.passes:
+            # After a restart the same engine as before: another one rounds differently.
+            before, x = self.engine, self._batch(self._order(), 0)
+            wanted = before.name if before else self.wanted_engine
+            self.engine = choose_engine(wanted, self.objective, self.model, x, self._steps_left())
+            if before and before.name == self.engine.name:
+                self.engine = before
+            self.note(f"{self.engine.name} steps: {self.engine.why}")
+            self.save()  # a folder that cannot be written shows before the work, and the choice of engine is kept
+        last_saved = time.monotonic()
+        while self.epoch < self.preset.passes:
+            last_saved = self._one_pass(on_step, stop, last_saved)
+        self.save()
+
+    def _one_pass(
+        self, on_step: Callable[[Progress], None] | None, stop: Callable[[], bool], last_saved: float
+    ) -> float:
+        assert self.engine is not None
+        began = time.monotonic()
+        order = self._order()
+        pixels = self.pixels
+        if self.config.binarisation == "epoch":
+            pixels = binarise(pixels, "epoch", self._generator("epoch", self.epoch))
+        step = make_step(
+            self.engine, self.objective, self.model, self.optimiser, self.preset.precision, self.preset.batch_size
+        )
+        while self.step < self.steps_per_pass:
+            rate = self.preset.learning_rate(self.epoch + self.step / self.steps_per_pass)
+            for group in self.optimiser.param_groups:
+                group["lr"] = rate
+            x = self._batch(order, self.step, pixels)
+            try:
+                self.total -= step(x) * len(x)
+            except ValueError as error:
+                raise self._failed(str(error)) from error
+            self.step += 1
+            if on_step is not None:
+                on_step(self.progress)
+            if stop() and self.step < self.steps_per_pass:
+                self.seconds += time.monotonic() - began
+                self.save()
+                raise Interrupted
+        bound = float(self.total) / len(pixels)
+        if not math.isfinite(bound):
+            raise self._failed(f"the mean bound is {bound}")
+        self.history.append(bound)
+        if self.log is not None:
+            self.log("train/bound", bound, self.epoch + 1)
+            self.log("train/learning_rate", rate, self.epoch + 1)
+        self.total.zero_()
+        self.epoch, self.step = self.epoch + 1, 0
+        now = time.monotonic()
+        self.seconds += now - began
+        if now - last_saved > SECONDS_BETWEEN_CHECKPOINTS or stop():
+            self.save()
+            last_saved = time.monotonic()
+        if stop() and self.epoch < self.preset.passes:
+            raise Interrupted
+        return last_saved
+
+    def _failed(self, why: str) -> TrainingError:
+        number = min(self.epoch + 1, self.preset.passes)
+        return TrainingError(
+            f"pass {number}: {why}; the checkpoint before it is kept in {self.checkpoint}; try another seed or preset"
+        )
+
+    def _steps_left(self) -> int:
+        return (self.preset.passes - self.epoch) * self.steps_per_pass - self.step
+
+    def _order(self) -> Tensor:
+        return torch.randperm(len(self.pixels), generator=self._generator("order", self.epoch), device=self.device)
+
+    def _batch(self, order: Tensor, step: int, pixels: Tensor | None = None) -> Tensor:
+        size = self.preset.batch_size
+        return (self.pixels if pixels is None else pixels)[order[step * size : (step + 1) * size]]
+
+    def _generator(self, purpose: str, epoch: int = 0) -> torch.Generator:
+        # One stream for each purpose and pass: what is drawn does not depend on where a run was interrupted.
+        seed = torch.tensor([ord(c) for c in purpose]).sum().item() + 1_000 * epoch + 1_000_003_000 * self.config.seed
+        return torch.Generator(self.device).manual_seed(int(seed))
+
+    # Checkpoints
+
+    def save(self) -> None:
+        """Write the checkpoint; raises `TrainingError`, and keeps the old one, if a number in it is not finite."""
+        if not all(bool(torch.isfinite(part).all()) for part in (*self.model.parameters(), self.total)):
+            raise self._failed("a parameter or the bound is not finite")
+        self.rng = self._rng_state()
+        checkpoints.save(
+            self.checkpoint,
+            {
+                "config": json.dumps(self.record),
+                "model": self.model.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                "position": {"epoch": self.epoch, "step": self.step, "total": float(self.total)},
+                "history": self.history,
+                "seconds": self.seconds,
+                "engine": self.engine.name if self.engine else "",
+                "threads": torch.get_num_threads(),
+                "rng": self.rng,
+            },
+        )
+
+    def restore(self) -> bool:
+        """Go on from the checkpoint, if there is one; raises `CheckpointError` if it is broken or another run's."""
+        if not self.checkpoint.exists():
+            return False
+        state = checkpoints.load(self.checkpoint, self.record, "cpu")
+        with checkpoints.readable(self.checkpoint):
+            self.model.load_state_dict(state["model"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.epoch, self.step = state["position"]["epoch"], state["position"]["step"]
+            self.total.fill_(state["position"]["total"])
+            self.history, self.seconds = list(state["history"]), state["seconds"]
+            self.engine = Engine(state["engine"], "as in the checkpoint") if state["engine"] else None
+            self.rng = state["rng"]
+            self._set_rng_state(self.rng)
+        return True
+
+    def _rng_state(self) -> dict[str, Tensor]:
+        cuda = {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
+        return {"cpu": torch.get_rng_state(), **cuda}
+
+    def _set_rng_state(self, state: dict[str, Tensor]) -> None:
+        torch.set_rng_state(state["cpu"])
+        if self.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+
+
+def canonical(spec: str) -> str:
+    """The one way to write an objective, with its options spelt out; equal objectives are trained once.
+
+    IWAE of one sample is the VAE; MIWAE(1, k) is VAE and MIWAE(k, 1) IWAE.
+    """
+    objective = parse_objective(spec)
+    if isinstance(objective, Split):
+        return format_objective(objective)
+    for k1, k2 in ((1, objective.k), (objective.k, 1)):
+        if objective == MIWAE(k1=k1, k2=k2):
+            objective = VAE(k=objective.k) if k1 == 1 else IWAE(k=objective.k)
+    if objective == IWAE(k=1):
+        objective = VAE(k=1)
+    name = format_objective(objective).partition("(")[0]
+    return name + repr(objective).removeprefix(type(objective).__name__)
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is CUDA where there is one; raises `ValueError` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device

@@ -1,0 +1,54 @@
+"""KL(q(h | x) || p(h)) in closed form, where there is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Normal, kl_divergence
+
+from mcobjectives.model import Density, Latent, ModelError, has_methods
+
+
+def expected_log_ratio(model: Any, posterior: Any) -> Density:
+    """h -> KL(q || p(h)) for each data point, `(k, batch)`: it stands in for log q(h | x) - log p(h)."""
+    prior = getattr(model, "prior", None)
+    prior = prior() if callable(prior) else prior
+    if prior is not None and not isinstance(prior, Distribution):
+        raise ModelError(f"analytic_kl=True needs model.prior to be a torch Distribution, got {type(prior).__name__}")
+    if not isinstance(posterior, Distribution):
+        raise ModelError(
+            f"analytic_kl=True needs a torch Distribution as posterior, got {type(posterior).__name__}: "
+            "use analytic_kl=False"
+        )
+    if prior is None and not has_methods(model, "log_prior"):
+        raise ModelError("analytic_kl=True needs model.prior (a torch Distribution), or log_prior(h) of N(0, I)")
+
+    def divergence(h: Latent) -> Tensor:
+        standard = _standard_normal(model, h) if prior is None else prior
+        try:
+            kl = kl_divergence(posterior, standard)
+        except NotImplementedError:
+            raise ModelError(
+                f"analytic_kl=True: no closed-form KL between {posterior} and {standard}: use analytic_kl=False"
+            ) from None
+        return kl.expand(h.shape[0], *kl.shape)
+
+    return divergence
+
+
+def _standard_normal(model: Any, h: Latent) -> Distribution:
+    """N(0, I), if that is what the model's log_prior computes at these samples."""
+    if not isinstance(h, Tensor):
+        raise ModelError("analytic_kl=True needs one stochastic layer, h a tensor: use analytic_kl=False")
+    standard: Distribution = Normal(torch.zeros_like(h[0]), torch.ones_like(h[0]))
+    if h.ndim > 2:  # torch knows no divergence from a Normal to an Independent of no dimensions
+        standard = Independent(standard, h.ndim - 2)
+    given, expected = model.log_prior(h.detach()), standard.log_prob(h.detach())
+    if given.shape != expected.shape or not torch.allclose(given, expected, rtol=1e-3, atol=1e-3):
+        raise ModelError(
+            "analytic_kl=True: the model's log_prior is not N(0, I): give the model a `prior` (a torch Distribution), "
+            "or use analytic_kl=False"
+        )
+    return standard

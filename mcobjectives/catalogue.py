@@ -1,0 +1,55 @@
+"""What is installed: every registered objective, with what it takes and which estimators it allows."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import Any
+
+from mcobjectives import plugins
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered objective; `error` says why it cannot be used, empty if it can."""
+
+    name: str
+    package: str
+    parameters: str = ""
+    estimators: tuple[str, ...] = ()
+    error: str = ""
+
+
+def catalogue() -> list[Entry]:
+    """All registered objectives, the broken ones with what is wrong with them."""
+    return [_entry(name) for name in plugins.objective_names()]
+
+
+def _entry(name: str) -> Entry:
+    points = plugins.registered(plugins.OBJECTIVES)[name]
+    package = " and ".join(plugins.distribution(point) for point in points)
+    try:
+        cls: Any = plugins.get_objective(name)
+        own = [f for f in fields(cls) if not f.kw_only]
+        if any(f.init and f.default is f.default_factory is MISSING for f in own):
+            return Entry(name, package, ", ".join(f.name for f in own))  # what it allows depends on what is given
+        objective = cls()
+    except Exception as error:  # whatever a third party's code raises is its own entry's error
+        return Entry(name, package, error=" ".join(str(error).split()))
+    parameters = ", ".join(f"{f.name}={getattr(objective, f.name)!r}" for f in own)
+    return Entry(name, package, parameters, tuple(e for e in plugins.estimator_names() if _allows(objective, e)))
+
+
+def _allows(objective: Any, estimator: str) -> bool:
+    for candidate in (objective, _with_k(objective, 2)):  # VIMCO needs two samples, and VAE's default is one
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                replace(candidate, gradient=estimator)
+            return True
+        except Exception:
+            continue
+    return False
+
+
+def _with_k(objective: Any, k: int) -> Any:
+    return replace(objective, k=k) if any(f.name == "k" for f in fields(objective)) else objective

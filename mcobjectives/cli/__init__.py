@@ -1,0 +1,59 @@
+"""`mcobj`: the command line. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from mcobjectives.cli import inspect, run
+
+app = typer.Typer(
+    name="mcobj",
+    help="Monte Carlo objectives for latent-variable models: train, evaluate, and reproduce the paper's tables.",
+    epilog="Start with: mcobj reproduce --table 1 --dataset digits --preset smoke",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(run.reproduce)
+app.command()(run.train)
+app.command()(run.evaluate)
+app.command()(inspect.objectives)
+app.command()(inspect.data)
+app.command()(inspect.check)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"mcobjectives {version('mcobjectives')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run `mcobj`; an expected failure is one line on stderr (MCOBJ_TRACEBACK=1 shows where it came from)."""
+    try:
+        app(prog_name="mcobj")
+    except (ValueError, RuntimeError, OSError, ImportError, AssertionError) as error:
+        if os.environ.get("MCOBJ_TRACEBACK"):
+            raise
+        message = str(error) if isinstance(error, AssertionError) else " ".join(str(error).split())
+        print(f"mcobj: {message or type(error).__name__}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("mcobj: interrupted", file=sys.stderr)
+        sys.exit(130)

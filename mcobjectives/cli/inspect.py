@@ -1,0 +1,78 @@
+"""Commands that look and do not train: `objectives`, `data`, `check`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from mcobjectives.cli.options import DataDir, Json
+
+
+def objectives(as_json: Json = False) -> None:
+    """List the installed objectives: from which package, their parameters, the gradient estimators they allow."""
+    from rich.markup import escape
+
+    from mcobjectives.catalogue import catalogue
+    from mcobjectives.cli.show import console, grid
+
+    entries = catalogue()
+    if as_json:
+        print(json.dumps([asdict(entry) for entry in entries], indent=1))
+        return
+    table = grid("objective", "package", "parameters", "estimators")
+    for entry in entries:
+        if entry.error:
+            table.add_row(entry.name, entry.package, f"[red]broken: {escape(entry.error)}[/]", "")
+        else:
+            table.add_row(entry.name, entry.package, entry.parameters, " ".join(entry.estimators))
+    console.print(table)
+    console.print('Use one as: mcobj train --objective "power(k=50, p=3)", or mcobjectives.get_objective("power")(p=3)')
+
+
+def data(data_dir: DataDir = None, as_json: Json = False) -> None:
+    """List the data sets: what is there, where, and whether it is verified by an official checksum."""
+    from rich.markup import escape
+
+    from mcobjectives.cli.show import console, grid
+    from mcobjectives_examples.datasets import data_dir as folder_of
+    from mcobjectives_examples.datasets import status
+
+    if as_json:
+        print(json.dumps([asdict(row) for row in status(data_dir)], indent=1, default=str))
+        return
+    with console.status("reading and checking the data sets"):
+        rows = status(data_dir)
+    table = grid("data set", "there", "verified", "train", "test", "about")
+    for row in rows:
+        sizes = (f"{row.train:,}", f"{row.test:,}") if row.present and row.train else ("", "")
+        verified = (
+            "" if not row.present else {True: "yes", False: "[red]NO[/]", None: "no official checksum"}[row.verified]
+        )
+        table.add_row(row.name, "yes" if row.present else "no", verified, *sizes, escape(row.message or row.source))
+    console.print(table)
+    console.print(f"Data folder: {folder_of(data_dir)} (--data-dir or MCOBJECTIVES_DATA choose another)")
+
+
+def check(
+    objective: Annotated[
+        str, typer.Argument(help='"mypackage.module:MyObjective(k=8)", or the spec of an installed objective.')
+    ],
+) -> None:
+    """Run the conformance kit on an objective: its identities, derivatives, and estimators against exact answers."""
+    from rich.markup import escape
+
+    from mcobjectives.cli.show import console, errors
+    from mcobjectives.specs import import_objective, parse_objective
+    from mcobjectives.testing import check_objective
+
+    sys.path.insert(0, os.getcwd())  # as `python -m` does: one's own module need not be installed
+    name = objective.partition("(")[0]
+    found = import_objective(objective) if ":" in name else parse_objective(objective)
+    with errors.status(escape(f"checking {found!r}")):
+        check_objective(found)
+    console.print(f"{found!r} passes.", markup=False)

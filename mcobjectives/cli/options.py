@@ -1,0 +1,52 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else, on stdout.")]
+DataDir = Annotated[
+    Optional[Path],  # noqa: UP045  typer on Python 3.11 reads this form in every version we allow
+    typer.Option("--data-dir", help="Where the data sets are; else $MCOBJECTIVES_DATA, else a cache folder of yours."),
+]
+Download = Annotated[bool, typer.Option("--download", help="Fetch a missing data set from its official address.")]
+Device = Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1", ...; "auto" takes CUDA where there is one.')]
+Engine = Annotated[
+    str, typer.Option(help='"eager", "compiled" (torch.compile), or "auto": compiled where it saves time.')
+]
+PresetName = Annotated[
+    str,
+    typer.Option(
+        "--preset",
+        help="smoke (seconds a cell), short (about an hour for table 1's 1L rows on two cores), "
+        "paper (3280 passes) or bgs16.",
+    ),
+]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Change the preset: passes, batch_size, nll_k, test_images, backward_samples; "
+        "k=N caps the samples of every objective. Repeatable.",
+    ),
+]
+Dataset = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="digits (built in), mnist, binarized_mnist, omniglot, fashion_mnist; default: the table's own."),
+]
+Binarisation = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="once (at the start of training), epoch (every pass), fixed (the data set is binary)."),
+]
+Out = Annotated[Path, typer.Option(help="Folder of results and checkpoints: what is there is not run again.")]
+Precision = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="highest (float32), medium (TF32 on a GPU, bfloat16 products on a CPU, accumulated in float32), or mixed "
+        "(medium, and bfloat16 where no gradient is taken); default: the preset's."
+    ),
+]

@@ -1,0 +1,190 @@
+"""The glue between the commands and the examples package: progress, estimates, and what is printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+
+from mcobjectives.cli.show import CellBar, console, duration, errors, grid, interruptible, progress
+from mcobjectives_examples import checkpoints, render
+from mcobjectives_examples.cells import evaluate_model, recorded, run_cell, test_images
+from mcobjectives_examples.datasets import Dataset, load
+from mcobjectives_examples.engine import require_engine
+from mcobjectives_examples.findings import LEAST_SEEDS, NOISE, findings
+from mcobjectives_examples.models import paper_model
+from mcobjectives_examples.paper import paper, table
+from mcobjectives_examples.presets import Preset
+from mcobjectives_examples.tables import Row, configurations, estimate_seconds, rows, with_results
+from mcobjectives_examples.training import Config, Interrupted, pick_device
+
+Log = Callable[[str, float, int], None]
+
+
+def reproduce_tables(
+    number: str,
+    preset: Preset,
+    *,
+    cap: int | None,
+    dataset: str | None,
+    binarisation: str | None,
+    layers: Sequence[int] | None,
+    seeds: Sequence[int],
+    out: Path,
+    data_dir: Path | None,
+    download: bool,
+    device: str,
+    engine: str,
+    run: bool,
+    form: str,
+) -> None:
+    """Run and print a table, or all of them (as JSON: one object, or a list of them)."""
+    chosen_device = pick_device(device)
+    require_engine(engine)
+    grids = {}
+    for n in list(paper()["tables"]) if number == "all" else [number]:
+        grids[n] = rows(n, preset, dataset=dataset, binarisation=binarisation, seeds=seeds, layers=layers, cap=cap)
+        if not grids[n] and number != "all":
+            raise ValueError(f"table {n} has no rows of {', '.join(map(str, layers or []))} layers")
+    records = []
+    for n, grid_rows in grids.items():
+        if not grid_rows:
+            continue
+        title = f"Table {n}: {table(n)['title']}" + ("" if grid_rows[0].on_papers_data else f", run on {dataset}")
+        checksum = None
+        if run:
+            loaded = load(grid_rows[0].configs[0].dataset, data_dir, download=download)
+            checksum = loaded.checksum
+            run_all(configurations(grid_rows), loaded, out, chosen_device, engine=engine)
+        done = with_results(grid_rows, out, checksum)
+        if form == "json":
+            records.append(render.as_json(title, done, findings(done)))
+        else:
+            _print_table(title, done, form)
+    if form == "json":
+        print(json.dumps(records if number == "all" else records[0], indent=1))
+
+
+def run_all(
+    configs: Sequence[Config], dataset: Dataset, out: Path, device: torch.device, *, engine: str, log: Log | None = None
+) -> list[dict[str, Any]]:
+    """The results of all configurations, with bars; Ctrl-C writes a checkpoint and exits with 130."""
+    missing = [config for config in configs if recorded(out, config, dataset.checksum) is None]
+    if missing:
+        _announce(missing, dataset, device)
+    noted: set[str] = set()
+
+    def note(text: str) -> None:
+        if text not in noted:
+            errors.print(text)
+        noted.add(text)
+
+    results = []
+    with interruptible() as stop, progress() as bars:
+        whole = bars.add_task("cells", total=len(configs), unit="cells")
+        bar = CellBar(bars)
+        for config in configs:
+            bar.start(f"{config.layers}L {config.objective}")
+            try:
+                result = run_cell(
+                    config, dataset, out, device, engine=engine, on_progress=bar.update, stop=stop, log=log, note=note
+                )
+            except Interrupted:
+                errors.print(
+                    f"interrupted: the checkpoint is in {out}; the same command goes on from there", markup=False
+                )
+                raise typer.Exit(130) from None
+            results.append(result)
+            bars.advance(whole)
+        bar.close()
+    return results
+
+
+def _announce(missing: Sequence[Config], dataset: Dataset, device: torch.device) -> None:
+    with errors.status("timing a few steps"):
+        seconds = estimate_seconds(missing, dataset, device)
+    preset = missing[0].preset
+    advice = "" if seconds < 600 or preset.name == "smoke" else "; --preset smoke would take minutes"
+    errors.print(
+        f"{render.counted(len(missing), 'cell')} to run with preset {preset.name} "
+        f"({render.counted(preset.passes, 'pass')}) on {device}: about {duration(seconds)}{advice}"
+    )
+
+
+def _print_table(title: str, done: Sequence[Row], form: str) -> None:
+    found = findings(done)
+    if form == "markdown":
+        print(render.markdown(title, done, found))
+    else:
+        shown = grid(*render.HEADER, title=title, right=tuple(range(2, len(render.HEADER))))
+        for row in done:
+            shown.add_row(*render.cells(row))
+        console.print(shown)
+        console.print(render.caption(done), style="dim")
+        colours = {"holds": "green", "does not hold": "red"}
+        for finding in found:
+            verdict = f"[{colours.get(finding.verdict, 'yellow')}]{finding.verdict}[/]"
+            console.print(f"{verdict}: {finding.claim}: {finding.figures}", highlight=False)
+        if any(finding.verdict == "within noise" for finding in found):
+            noise = f"under {NOISE} nat with fewer than {LEAST_SEEDS} seeds, two standard errors with more"
+            console.print(f"(within noise: {noise})", style="dim")
+
+
+def print_metrics(name: str, result: dict[str, Any], out: Path | None) -> None:
+    """One model's evaluation as a table."""
+    shown = grid("metric", "value", right=(1,))
+    for key, value in result["metrics"].items():
+        shown.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    console.print(name, markup=False, highlight=False)
+    console.print(shown)
+    if out is not None:
+        console.print(f"Recorded in {out / name}.json, with a checkpoint beside it.", markup=False)
+
+
+def evaluate_checkpoint(
+    path: Path, k: int, images: int | None, data_dir: Path | None, download: bool, device: str
+) -> tuple[str, dict[str, Any]]:
+    """Rebuild a checkpoint's model and data, and evaluate it anew."""
+    chosen_device = pick_device(device)
+    state = checkpoints.load(path, None, chosen_device)
+    with checkpoints.readable(path):
+        record, passes = json.loads(state["config"]), state["position"]["epoch"]
+        config = Config.from_dict(record, nll_k=k, test_images=images)
+    dataset = load(config.dataset, data_dir, download=download)
+    if dataset.checksum != record["data_sha256"]:
+        raise checkpoints.CheckpointError(f"{path} was trained on other data than {config.dataset} in this data folder")
+    with checkpoints.readable(path):
+        model = paper_model(config.layers, dataset.train.mean(0)).to(chosen_device)
+        model.load_state_dict(state["model"])
+    if passes < config.preset.passes:
+        errors.print(f"not trained to its end: {passes} of {render.counted(config.preset.passes, 'pass')}")
+    with interruptible() as stop, progress() as bars:
+        bar = CellBar(bars)
+        bar.start(config.name)
+        try:
+            metrics = evaluate_model(model, test_images(dataset, config), config.preset, bar.update, stop)
+        except Interrupted:
+            raise typer.Exit(130) from None
+        bar.close()
+    return config.name, {"config": record, "metrics": metrics}
+
+
+def tensorboard_log(folder: Path | None) -> Log | None:
+    """A function (name, value, pass) that writes to TensorBoard, or None."""
+    if folder is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError('--tensorboard needs: pip install "mcobjectives[tensorboard]"') from error
+    writer = SummaryWriter(str(folder))
+
+    def log(name: str, value: float, step: int) -> None:
+        writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return log

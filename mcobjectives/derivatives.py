@@ -1,0 +1,81 @@
+"""Derivatives and leave-one-out values of any reduction F: `(k, batch) -> (batch,)`, by autograd on F alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mcobjectives.reductions import mean_of_others
+
+Reduction = Callable[[Tensor], Tensor]
+
+_ELEMENTS_AT_ONCE = 4_000_000
+_HALVINGS = 40
+
+
+def slopes(reduce: Reduction, log_w: Tensor) -> Tensor:
+    """g_i = dF/dl_i, `(k, batch)`."""
+    with torch.enable_grad():
+        leaf = log_w.detach().requires_grad_()
+        return torch.autograd.grad(reduce(leaf).sum(), leaf)[0]
+
+
+def curvatures(reduce: Reduction, log_w: Tensor) -> Tensor:
+    """H_ii = d2F/dl_i^2, `(k, batch)`: the diagonal by one Hessian-vector product a sample."""
+    rows = []
+    with torch.enable_grad():
+        leaf = log_w.detach().requires_grad_()
+        (g,) = torch.autograd.grad(reduce(leaf).sum(), leaf, create_graph=True)
+        if not g.requires_grad:  # F is linear
+            return torch.zeros_like(log_w)
+        for i in range(log_w.shape[0]):
+            (row,) = torch.autograd.grad(g[i].sum(), leaf, retain_graph=True, allow_unused=True)
+            rows.append(torch.zeros_like(log_w[i]) if row is None else row[i])
+    return torch.stack(rows)
+
+
+def leave_one_out(reduce: Reduction, log_w: Tensor) -> Tensor:
+    """b_i = F with l_i replaced by the mean of the others, `(k, batch)`, a few i at a time."""
+    k, batch = log_w.shape
+    others = mean_of_others(log_w)
+    at_once = max(1, _ELEMENTS_AT_ONCE // max(1, k * batch))
+    values = []
+    for start in range(0, k, at_once):
+        i = torch.arange(start, min(start + at_once, k), device=log_w.device)
+        replaced = log_w.unsqueeze(1).expand(k, len(i), batch).clone()
+        replaced[i, i - start] = others[i]
+        values.append(reduce(replaced.reshape(k, -1)).reshape(len(i), batch))
+    return torch.cat(values)
+
+
+def slopes_vary(slopes: Reduction, k: int) -> bool:
+    """Whether g depends on the log-weights at all, that is, whether F is not linear."""
+    low, high = (slopes(end) for end in _walks(k))
+    return bool((low - high).abs().max() > 1e-12)
+
+
+def slopes_jump(slopes: Reduction, k: int) -> bool:
+    """Whether g jumps somewhere along some walks: each is halved, towards the larger change, until a jump is all left.
+
+    However steep, the change of a continuous g shrinks with the interval; that of a median or a maximum stays.
+    """
+    low, high = _walks(k)
+    g_low, g_high = slopes(low), slopes(high)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        g_middle = slopes(middle)
+        left = (g_middle - g_low).abs().amax(0) > (g_high - g_middle).abs().amax(0)
+        low, g_low = torch.where(left, low, middle), torch.where(left, g_low, g_middle)
+        high, g_high = torch.where(left, middle, high), torch.where(left, g_middle, g_high)
+    return bool((g_high - g_low).abs().max() > 1e-6)
+
+
+def _walks(k: int) -> tuple[Tensor, Tensor]:
+    """Where short straight walks through log-weight space start and end: `(k, walks)` each."""
+    generator = torch.Generator().manual_seed(0)
+    start, end = torch.randn(2, k, 4, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 1.0, 3.0, 10.0])
+    end[:, 0] = start[:, 0].roll(1)  # whichever sample is the largest, or the middle one, it does not stay so
+    steps = start.unsqueeze(2) + (end - start).unsqueeze(2) * torch.linspace(0, 1, 17, dtype=torch.float64)
+    return steps[..., :-1].reshape(k, -1), steps[..., 1:].reshape(k, -1)

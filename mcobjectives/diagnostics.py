@@ -1,0 +1,261 @@
+"""How good a gradient estimate is: its bias, variance, signal-to-noise ratio and cost, for each parameter group."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mcobjectives.model import has_rsample
+from mcobjectives.objective import Objective
+
+Loss = Callable[[Any, Any], Tensor]
+"""An objective, or any function (model, x) -> scalar loss."""
+
+Groups = Mapping[str, Sequence[Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class GradientStatistics:
+    """Moments of the gradient of a loss over repeated draws of the samples, for one parameter group.
+
+    Attributes:
+        mean: the average gradient of each of the group's parameters, `(p,)` float64.
+        variance: the unbiased variance of a single gradient, `(p,)`.
+        draws: how many gradients were drawn.
+        ms: median time of one gradient of all groups together, in milliseconds.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    draws: int
+    ms: float
+
+    @property
+    def snr(self) -> Tensor:
+        """|mean| / standard deviation of each parameter, `(p,)`; 0 / 0 is 0."""
+        return torch.where(self.mean == 0, 0.0, self.mean.abs() / self.variance.sqrt())
+
+    @property
+    def total_variance(self) -> float:
+        """The trace of the gradient's covariance."""
+        return float(self.variance.sum())
+
+    @property
+    def squared_norm(self) -> float:
+        """The squared norm of the expected gradient, without bias: it may come out negative where it is small."""
+        return float(self.mean.square().sum()) - self.total_variance / self.draws
+
+    @property
+    def group_snr(self) -> float:
+        """Norm of the expected gradient / root of the total variance: the SNR of the group as a whole."""
+        signal = math.sqrt(max(0.0, self.squared_norm))
+        noise = math.sqrt(self.total_variance)
+        return signal / noise if noise else math.inf if signal else 0.0
+
+
+def parameter_groups(model: Any) -> dict[str, list[Tensor]]:
+    """The trainable parameters of each top-level child of a module; its own parameters are groups by themselves.
+
+    Example:
+        >>> model = torch.nn.ModuleDict({"encoder": torch.nn.Linear(2, 3), "decoder": torch.nn.Linear(3, 2)})
+        >>> {name: len(group) for name, group in parameter_groups(model).items()}
+        {'encoder': 2, 'decoder': 2}
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"{type(model).__name__} is no nn.Module: pass groups, a dict of lists of parameters")
+    groups: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(name.partition(".")[0], []).append(parameter)
+    return groups
+
+
+def gradient_statistics(
+    loss: Loss, model: Any, x: Any, *, draws: int = 100, groups: Groups | None = None
+) -> dict[str, GradientStatistics]:
+    """Mean and variance of the gradient of `loss(model, x)`, by default minus the mean bound over the batch.
+
+    `p.grad` is left alone.
+
+    Args:
+        loss: an objective, or any function (model, x) -> scalar.
+        model: see `mcobjectives.Model`.
+        x: the batch, the same for all draws.
+        draws: how many gradients to draw, at least 2.
+        groups: name -> parameters; by default one group for each top-level child of the model.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> def noisy(model, x):  # the gradient is 1 plus noise of variance 1
+        ...     return model.weight.sum() * (1 + torch.randn(()))
+        >>> stats = gradient_statistics(noisy, model, None, draws=1000)["weight"]
+        >>> bool((stats.snr - 1).abs() < 0.2)
+        True
+    """
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 2:
+        raise ValueError(f"draws must be an integer of at least 2, got {draws!r}")
+    groups = parameter_groups(model) if groups is None else groups
+    flat = [parameter for group in groups.values() for parameter in group]
+    if not flat:
+        raise ValueError("there are no parameters to take gradients of")
+    mean, squares, times = torch.zeros(()), torch.zeros(()), []
+    for n in range(1, draws + 1):
+        start = _now(flat[0])
+        gradients = torch.autograd.grad(loss(model, x), flat, allow_unused=True)
+        times.append(_now(flat[0]) - start)
+        gradient = _flattened(gradients, flat)
+        if n == 1:
+            mean, squares = torch.zeros_like(gradient), torch.zeros_like(gradient)
+        change = gradient - mean  # Welford's update
+        mean = mean + change / n
+        squares = squares + change * (gradient - mean)
+    sizes = [sum(parameter.numel() for parameter in group) for group in groups.values()]
+    ms = 1000 * sorted(times)[draws // 2]
+    moments = zip(groups, mean.split(sizes), (squares / (draws - 1)).split(sizes), strict=True)
+    return {name: GradientStatistics(m, v, draws, ms) for name, m, v in moments}
+
+
+class Row(NamedTuple):
+    """One objective with its estimator on one parameter group.
+
+    `bias` is the norm of (expected gradient - reference), with the part that noise explains taken off: zero where it
+    explains all. `bias_error` is the norm of that noise: the bias is known no better.
+    """
+
+    objective: Any
+    group: str
+    reference_norm: float
+    bias: float
+    bias_error: float
+    variance: float
+    snr: float
+    ms: float
+
+
+class Comparison(list[Row]):
+    """Rows of a comparison; `str` or `print` gives a table."""
+
+    def __str__(self) -> str:
+        head = ("objective", "group", "|gradient|", "bias", "+-", "variance", "SNR", "ms")
+        cells = [[_label(row[0]), row[1], *(f"{number:.3g}" for number in row[2:])] for row in self]
+        widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+        lines = []
+        for line in (head, *cells):
+            aligned = (c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+            lines.append("  ".join(aligned))
+        return "\n".join(lines)
+
+
+def compare_gradients(
+    model: Any,
+    x: Any,
+    objectives: Iterable[Loss],
+    *,
+    draws: int = 100,
+    reference: Loss | Mapping[str, Tensor] | None = None,
+    reference_draws: int | None = None,
+    groups: Groups | None = None,
+) -> Comparison:
+    """Bias, variance, SNR and cost of the gradients of several objectives or estimators on the same batch.
+
+    Args:
+        model: see `mcobjectives.Model`.
+        x: the batch, the same for all.
+        objectives: objectives, or any functions (model, x) -> scalar loss.
+        draws: gradients drawn of each.
+        reference: what the expected gradient should be: an objective, averaged over a long run; or exact gradients
+            of the loss, group -> `(p,)`. By default each objective's own gradient by "reparam", or by the score
+            family where the posterior has no rsample.
+        reference_draws: length of the long run, by default ten times `draws`.
+        groups: name -> parameters; by default one group for each top-level child of the model.
+
+    Example:
+        >>> from mcobjectives import IWAE
+        >>> from torch.distributions import Independent, Normal
+        >>> class Gaussian(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.encoder, self.decoder = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+        ...     def posterior(self, x):
+        ...         return Independent(Normal(self.encoder(x), 1.0), 1)
+        ...     def log_joint(self, x, h):
+        ...         return (Normal(0.0, 1.0).log_prob(h) + Normal(self.decoder(h), 1.0).log_prob(x)).sum(-1)
+        >>> pairs = [IWAE(k=5), IWAE(k=5, gradient="dreg")]
+        >>> table = compare_gradients(Gaussian(), torch.randn(8, 1), pairs, draws=10)
+        >>> [(str(row.objective), row.group) for row in table[1:3]]
+        [('IWAE(k=5)', 'decoder'), ("IWAE(k=5, gradient='dreg')", 'encoder')]
+    """
+    groups = parameter_groups(model) if groups is None else groups
+    reference_draws = 10 * draws if reference_draws is None else reference_draws
+    known: dict[Any, dict[str, GradientStatistics]] = {}
+    rows = Comparison()
+    for objective in objectives:
+        statistics = gradient_statistics(objective, model, x, draws=draws, groups=groups)
+        target: Any = reference
+        if reference is None:
+            target = _unbiased(objective, model, x)
+        if isinstance(target, Mapping):
+            expected = {name: _exact(target, name, statistics[name]) for name in groups}
+        else:
+            if target not in known:
+                known[target] = gradient_statistics(target, model, x, draws=reference_draws, groups=groups)
+            expected = known[target]
+        rows += [_row(objective, name, statistics[name], expected[name]) for name in groups]
+    return rows
+
+
+def _row(objective: Loss, name: str, found: GradientStatistics, expected: GradientStatistics) -> Row:
+    noise = found.total_variance / found.draws + expected.total_variance / expected.draws
+    distance = float((found.mean - expected.mean).square().sum())
+    return Row(
+        objective,
+        name,
+        reference_norm=math.sqrt(max(0.0, expected.squared_norm)),
+        bias=math.sqrt(max(0.0, distance - noise)),
+        bias_error=math.sqrt(noise),
+        variance=found.total_variance,
+        snr=found.group_snr,
+        ms=found.ms,
+    )
+
+
+def _unbiased(objective: Any, model: Any, x: Any) -> Any:
+    """The same objective with a gradient that is right by construction."""
+    if not isinstance(objective, Objective):
+        raise ValueError(f"{_label(objective)} is no Objective, so it tells no reference: pass reference=")
+    parts = {f.name: getattr(objective, f.name) for f in fields(objective)}
+    inner = {name: _unbiased(part, model, x) for name, part in parts.items() if isinstance(part, Objective)}
+    if inner:
+        return replace(objective, **inner)
+    pathwise = has_rsample(model.posterior(x))
+    gradient = "reparam" if pathwise else "vimco" if objective.k > 1 else "score"
+    return replace(objective, gradient=gradient, backward_samples=None)
+
+
+def _exact(reference: Mapping[str, Tensor], name: str, found: GradientStatistics) -> GradientStatistics:
+    if name not in reference or reference[name].numel() != found.mean.numel():
+        raise ValueError(f"reference must hold the {found.mean.numel()} exact gradients of group {name!r}")
+    mean = reference[name].detach().cpu().double().flatten()
+    return GradientStatistics(mean, torch.zeros_like(mean), 1, 0.0)
+
+
+def _flattened(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
+    parts = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
+    return torch.cat([part.detach().flatten().cpu().double() for part in parts])
+
+
+def _now(tensor: Tensor) -> float:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+    return time.perf_counter()
+
+
+def _label(objective: Any) -> str:
+    return repr(objective) if isinstance(objective, Objective) else getattr(objective, "__name__", repr(objective))

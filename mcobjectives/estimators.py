@@ -1,0 +1,119 @@
+"""Gradient estimators: functions (objective, log_weights) -> (a, c, s), three detached `(k, batch)` weight arrays.
+
+They weight the terms of the surrogate that `mcobjectives.surrogate` differentiates,
+
+    S = sum_i  a_i log p(x, h_i)  -  c_i log q_stopped(h_i | x)  -  s_i log q(stop(h_i) | x),
+
+where the pathwise gradient into h_i is c_i-weighted throughout. `None` stands for zeros: without c no samples need be
+differentiable, without s no score is taken. With g_i = dF/dl_i, H_ii = d2F/dl_i^2 and t the objective's weight on
+log p(h) - log q(h | x) (`kl_weight`), each estimator is one line. An estimator is valid for every objective that it
+does not refuse with `ValueError`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mcobjectives.objective import Objective
+
+
+class Weights(NamedTuple):
+    """The three weight arrays of an estimator, each `(k, batch)` or None for zeros.
+
+    Attributes:
+        a: weights log p(x, h_i), for the model's parameters.
+        c: weights the path through the samples; None where samples need not be differentiable.
+        s: weights the score of q; None where none is taken.
+
+    Example:
+        >>> from mcobjectives import IWAE
+        >>> a, c, s = IWAE(k=2, gradient="dreg").weights(torch.zeros(2, 1))
+        >>> a.flatten(), c.flatten(), s
+        (tensor([0.5000, 0.5000]), tensor([0.2500, 0.2500]), None)
+    """
+
+    a: Tensor
+    c: Tensor | None
+    s: Tensor | None
+
+    @classmethod
+    def of(cls, arrays: Iterable[Tensor | None]) -> Weights:
+        """From an iterable of the three, of which the first is there."""
+        a, c, s = arrays
+        assert a is not None
+        return cls(a, c, s)
+
+
+def reparam(objective: Objective, log_w: Tensor) -> Weights:
+    """The reparameterisation gradient (Kingma & Welling 2014): plain differentiation of F through h and log q."""
+    g = objective.slopes(log_w)
+    return Weights(g, g, objective.tempering * g)
+
+
+def stl(objective: Objective, log_w: Tensor) -> Weights:
+    """Sticking the landing (Roeder et al. 2017): reparam without the score of q; biased where F is not linear."""
+    require_smooth(objective, "stl")
+    if objective.slopes_vary:
+        _warn_once(
+            f"gradient='stl' is biased for {type(objective).__name__} with more than one sample: "
+            "use gradient='dreg' for an unbiased gradient of as little variance"
+        )
+    g = objective.slopes(log_w)
+    return Weights(g, g, None)
+
+
+def dreg(objective: Objective, log_w: Tensor) -> Weights:
+    """Doubly reparameterised gradient (Tucker et al. 2018) for any objective whose slopes are continuous."""
+    require_smooth(objective, "dreg")
+    g = objective.slopes(log_w)
+    return Weights(g, g - objective.tempering * objective.curvatures(log_w), None)
+
+
+def score(objective: Objective, log_w: Tensor) -> Weights:
+    """The score-function gradient (REINFORCE): no differentiable samples needed, high variance."""
+    g = objective.slopes(log_w)
+    return Weights(g, None, objective.tempering * g - objective.reduce(log_w))
+
+
+def vimco(objective: Objective, log_w: Tensor) -> Weights:
+    """Score function with a leave-one-out baseline (VIMCO, Mnih & Rezende 2016): F without sample i is b_i."""
+    if log_w.shape[0] < 2:
+        raise ValueError("gradient='vimco' needs at least two samples, got k = 1: use k >= 2 or gradient='score'")
+    g = objective.slopes(log_w)
+    baseline = objective.leave_one_out(log_w)
+    # Where weights among the others are zero F may be -inf; any other number that ignores sample i will do.
+    baseline = torch.where(baseline.isfinite(), baseline, 0.0)
+    return Weights(g, None, objective.tempering * g - (objective.reduce(log_w) - baseline))
+
+
+def rws(objective: Objective, log_w: Tensor) -> Weights:
+    """Reweighted wake-sleep's wake phases (Bornschein & Bengio 2015).
+
+    theta follows the objective; phi minimises KL(p(h | x) || q(h | x)) by self-normalised weights, which is *not* the
+    gradient of the objective (Le et al. 2019).
+    """
+    return Weights(objective.slopes(log_w), None, -log_w.softmax(0))
+
+
+def require_smooth(objective: Objective, estimator: str) -> None:
+    """Raise `ValueError` where the slopes jump (median, max): g - H_ii then loses a boundary term."""
+    if not objective.smooth or objective.slopes_jump:
+        raise ValueError(
+            f"gradient={estimator!r} is wrong for {type(objective).__name__}: its slopes dF/dlog w jump, "
+            "and the term at the jump would be lost; use gradient='reparam' or 'score'"
+        )
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, UserWarning, stacklevel=2)

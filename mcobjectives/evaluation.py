@@ -1,0 +1,430 @@
+"""What a trained model is worth: log p(x) by importance sampling, streamed; how good the samples are; active units."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from mcobjectives.model import Latent, Samples, has_methods, log_joint, log_weights
+
+_ROWS_AT_ONCE = {"cpu": 2500, "cuda": 200_000}
+_LOG_WEIGHTS_AT_ONCE = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Estimates for each data point, `(points,)` float64 on the CPU, from the same k samples; all in nats.
+
+    Attributes:
+        k: samples a data point.
+        log_likelihood: IWAE-k, an estimate of log p(x) from below.
+        elbo: the mean log-weight, VAE's bound.
+        ess: effective sample size (sum w)^2 / sum w^2, between 1 and k.
+        khat: Pareto k-hat of the weights (Vehtari et al. 2024); NaN for k < 25 or where the largest weights are equal.
+        log_p_x_given_h: E_q log p(x | h), where the model tells log_likelihood and log_prior apart.
+    """
+
+    k: int
+    log_likelihood: Tensor
+    elbo: Tensor
+    ess: Tensor
+    khat: Tensor
+    log_p_x_given_h: Tensor | None
+
+    @property
+    def kl_posterior(self) -> Tensor:
+        """KL(q(h | x) || p(h | x)), estimated by log_likelihood - elbo: never negative."""
+        return (self.log_likelihood - self.elbo).clamp(min=0.0)
+
+    @property
+    def kl_prior(self) -> Tensor | None:
+        """E_q[log q(h | x) - log p(h)]."""
+        return None if self.log_p_x_given_h is None else self.log_p_x_given_h - self.elbo
+
+    @property
+    def nll(self) -> float:
+        """Minus the mean log-likelihood."""
+        return -float(self.log_likelihood.mean())
+
+    @property
+    def nll_stderr(self) -> float:
+        """Standard error of `nll` over the data points; NaN for one."""
+        n = self.log_likelihood.numel()
+        return float(self.log_likelihood.std() / math.sqrt(n)) if n > 1 else math.nan
+
+    @property
+    def nll_bias(self) -> float:
+        """How much `nll` is too high because k is finite, to first order: mean (1 / ess - 1 / k) / 2.
+
+        It never exceeds half a nat: where `ess` is small, or k-hat large, the true bias is greater.
+        """
+        return float((1 / self.ess - 1 / self.k).mean() / 2)
+
+    @property
+    def kl(self) -> float:
+        """Mean of KL(q(h | x) || p(h | x))."""
+        return float(self.kl_posterior.mean())
+
+    @property
+    def unreliable(self) -> float:
+        """Fraction of data points whose k-hat is above min(1 - 1 / log10 k, 0.7): k is too small for them."""
+        threshold = min(1 - 1 / math.log10(self.k), 0.7) if self.k > 1 else 0.7
+        return float((self.khat > threshold).double().mean())
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """The means as plain numbers for JSON; None where there is no finite one."""
+        numbers: dict[str, Any] = {
+            "points": self.log_likelihood.numel(),
+            "k": self.k,
+            "nll": self.nll,
+            "nll_stderr": self.nll_stderr,
+            "nll_bias": self.nll_bias,
+            "elbo": self.elbo.mean(),
+            "kl_posterior": self.kl,
+            "log_p_x_given_h": None if self.log_p_x_given_h is None else self.log_p_x_given_h.mean(),
+            "kl_prior": None if self.kl_prior is None else self.kl_prior.mean(),
+            "ess_mean": self.ess.mean(),
+            "ess_min": self.ess.min(),
+            "khat_mean": self.khat.nanmean(),
+            "khat_max": self.khat.nan_to_num(-math.inf, posinf=math.inf).max(),
+            "khat_unreliable": self.unreliable,
+        }
+        return {name: _plain(value) for name, value in numbers.items()}
+
+
+def evaluate(
+    model: Any,
+    x: Any,
+    *,
+    k: int = 5000,
+    chunk_size: int | None = None,
+    batch_size: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Evaluation:
+    """Estimate log p(x) and what goes with it by k samples of q(h | x), in memory that does not grow with k.
+
+    For a seed the samples depend on k and `batch_size`, not on `chunk_size`.
+
+    Args:
+        model: see `mcobjectives.Model`.
+        x: the data, on the model's device: a tensor, or a tuple, list or dict of tensors, one row a data point.
+        k: samples a data point.
+        chunk_size: samples evaluated at a time.
+        batch_size: data points at a time; for each of these batches `model.posterior` is called once.
+        progress: called after every batch with the number of data points done.
+
+    Raises:
+        ValueError: for an argument outside its range, no data, or a data point whose weights are all zero.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Independent, Normal
+        >>> class Gaussian:  # h ~ N(0, 1), x | h ~ N(h, 1), q the exact posterior: log p(x) = log N(x; 0, 2)
+        ...     def posterior(self, x):
+        ...         return Independent(Normal(x / 2, 0.5**0.5), 1)
+        ...     def log_joint(self, x, h):
+        ...         return (Normal(0.0, 1.0).log_prob(h) + Normal(h, 1.0).log_prob(x)).sum(-1)
+        >>> result = evaluate(Gaussian(), torch.zeros(3, 1), k=100)
+        >>> round(result.nll, 4), round(result.kl, 4)
+        (1.2655, 0.0)
+    """
+    points, device = _rows_and_device(x)
+    rows = _ROWS_AT_ONCE.get(device.type, _ROWS_AT_ONCE["cpu"])
+    batch_size = min(points, math.isqrt(rows)) if batch_size is None else batch_size
+    _require_count("k", k)
+    _require_count("batch_size", batch_size)
+    chunk_size = max(1, rows // batch_size) if chunk_size is None else chunk_size
+    _require_count("chunk_size", chunk_size)
+    parts = []
+    for batch in _batches(x, batch_size):
+        parts.append(_evaluate_batch(model, batch, k, chunk_size))
+        if progress is not None:
+            progress(sum(part.elbo.numel() for part in parts))
+    whole = _concatenated(parts)
+    empty = (whole.log_likelihood == -math.inf).nonzero().flatten()
+    if len(empty):
+        raise ValueError(
+            f"all {k} weights are zero (log p(x, h) = -inf) for {len(empty)} of {points} data points, "
+            f"the first at row {int(empty[0])}"
+        )
+    return whole
+
+
+@torch.no_grad()
+def _evaluate_batch(model: Any, x: Any, k: int, chunk_size: int) -> Evaluation:
+    apart = has_methods(model, "log_likelihood", "log_prior")
+    joint = log_joint(model, x)
+    posterior = model.posterior(x)
+    running = _Running(tail_length(k))
+    for h in _chunks(posterior, k, chunk_size):
+        n = len(pytree.tree_leaves(h)[0])
+        likelihood = model.log_likelihood(x, h) if apart else None
+        log_p = joint(h) if likelihood is None else likelihood + model.log_prior(h)
+        running.add(log_weights(log_p, posterior.log_prob(h), n), likelihood)
+    return running.result(k)
+
+
+def _chunks(posterior: Any, k: int, chunk_size: int) -> Iterator[Latent]:
+    """The k samples in order, at most `chunk_size` at a time, drawn in whole blocks: the same for every chunk size."""
+    samples = Samples(posterior, k, pathwise=False)
+    span = max(Samples.BLOCK, chunk_size // Samples.BLOCK * Samples.BLOCK)
+    for start in range(0, k, span):
+        h = samples.draw(start, min(start + span, k))
+        for first in range(0, min(span, k - start), chunk_size):
+            yield pytree.tree_map(lambda part, i=first: part[i : i + chunk_size], h)
+
+
+def _concatenated(parts: list[Evaluation]) -> Evaluation:
+    columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Evaluation)[1:]}
+    whole: dict[str, Any] = {name: torch.cat(c) if c[0] is not None else None for name, c in columns.items()}
+    return Evaluation(parts[0].k, **whole)
+
+
+class _Running:
+    """Running sums of each data point in float64; log-weights are gathered up and folded in many at a time."""
+
+    def __init__(self, tail: int) -> None:
+        self.tail = tail
+        self.waiting: list[Tensor] = []
+        self.sums: tuple[Tensor, Tensor, Tensor] | None = None  # logsumexp of l, logsumexp of 2 l, sum of l
+        self.largest: Tensor | None = None
+        self.likelihood: Tensor | None = None
+
+    def add(self, log_w: Tensor, likelihood: Tensor | None) -> None:
+        self.waiting.append(log_w)
+        if likelihood is not None:
+            total = _double(likelihood).sum(0)
+            self.likelihood = total if self.likelihood is None else self.likelihood + total
+        if sum(map(len, self.waiting)) >= _LOG_WEIGHTS_AT_ONCE:
+            self.fold()
+
+    def fold(self) -> None:
+        if not self.waiting:
+            return
+        log_w = _double(torch.cat(self.waiting))
+        self.waiting = []
+        total, squares, log_w_sum = log_w.logsumexp(0), (2 * log_w).logsumexp(0), log_w.sum(0)
+        if self.sums is None or self.largest is None:
+            self.sums = total, squares, log_w_sum
+        else:
+            a, b, c = self.sums
+            self.sums = torch.logaddexp(a, total), torch.logaddexp(b, squares), c + log_w_sum
+            log_w = torch.cat([self.largest, log_w])
+        self.largest = log_w.topk(min(self.tail + 1, len(log_w)), dim=0).values
+
+    def result(self, k: int) -> Evaluation:
+        self.fold()
+        assert self.sums is not None and self.largest is not None
+        total, squares, log_w_sum = self.sums
+        return Evaluation(
+            k,
+            log_likelihood=(total - math.log(k)).cpu(),
+            elbo=(log_w_sum / k).cpu(),
+            ess=torch.exp(2 * total - squares).clamp(1, k).cpu(),
+            khat=pareto_khat(self.largest).cpu(),
+            log_p_x_given_h=None if self.likelihood is None else (self.likelihood / k).cpu(),
+        )
+
+
+def tail_length(k: int) -> int:
+    """How many of k weights make the tail that k-hat is fitted to: min(k / 5, 3 sqrt k), zero where under five."""
+    tail = int(min(k / 5, 3 * math.sqrt(k)))
+    return tail if tail >= 5 else 0
+
+
+def pareto_khat(largest: Tensor) -> Tensor:
+    """Shape of the generalised Pareto distribution of the largest weights, `(tail + 1, batch) -> (batch,)`.
+
+    `largest` holds the largest log-weights in descending order, the last of them the cutoff. Fitted by Zhang & Stephens
+    (2009) with the weak prior of Vehtari et al. (2024). NaN where there is no tail or its weights are all equal,
+    infinite where three quarters of them vanish beside the largest.
+
+    Example:
+        >>> import torch
+        >>> uniform = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+        >>> weights = uniform**-0.8  # P(weight > w) = w^(-1 / 0.8)
+        >>> largest = weights.log().topk(tail_length(10_000) + 1).values.unsqueeze(1)
+        >>> round(float(pareto_khat(largest)), 1)
+        0.8
+    """
+    tail = largest.shape[0] - 1
+    if tail < 5:
+        return torch.full_like(largest[0], math.nan)
+    weights = torch.exp(largest - largest[0])
+    excess = (weights[:-1] - weights[-1]).flip(0)  # ascending
+    quartile, top = excess[int(tail / 4 + 0.5) - 1], excess[-1]
+    grid = torch.arange(1, 31 + math.isqrt(tail), dtype=excess.dtype, device=excess.device) - 0.5
+    b = (1 - torch.sqrt(len(grid) / grid)).unsqueeze(1) / (3 * quartile) + 1 / top
+    shape = torch.stack([torch.log1p(-row * excess).mean(0) for row in b])
+    posterior = (tail * (torch.log(-b / shape) - shape - 1)).softmax(0)
+    posterior = torch.where(posterior < 10 * torch.finfo(posterior.dtype).eps, 0.0, posterior)
+    b_mean = (b * posterior).sum(0) / posterior.sum(0)
+    khat = (tail * torch.log1p(-b_mean * excess).mean(0) + 10 * 0.5) / (tail + 10)
+    return torch.where((quartile == 0) & (top > 0), math.inf, khat)
+
+
+class Activity(NamedTuple):
+    """Which units of a stochastic layer carry information on x.
+
+    `variance` is Var_x E_q[h_u] of each unit, `units` the indices of the active ones, `pca` the number of active
+    directions: eigenvalues of the covariance of E_q[h] above the threshold.
+    """
+
+    variance: Tensor
+    units: list[int]
+    pca: int
+
+    @property
+    def active(self) -> int:
+        return len(self.units)
+
+
+def mean_covariance(means: Tensor, independent: Tensor | None = None) -> Tensor:
+    """Cov_x E_q[h], `(d, d)` float64, without bias, from the exact means `(n, d)` or two estimates of them.
+
+    An average over samples is off by noise that adds to its variance. Two averages over independent samples have
+    independent noise, and their cross-covariance is free of it.
+    """
+    a = _double(means)
+    b = a if independent is None else _double(independent)
+    cross = (a - a.mean(0)).T @ (b - b.mean(0)) / (len(a) - 1)
+    return (cross + cross.T) / 2
+
+
+def active_units(means: Tensor, independent: Tensor | None = None, *, threshold: float = 1e-2) -> int:
+    """The number of units u with Var_x E_q[h_u] above the threshold (Burda, Grosse & Salakhutdinov 2016).
+
+    Args:
+        means: E_q[h] of each data point, `(n, d)`, or an average over samples of q.
+        independent: the average over other samples, where the means are not exact.
+        threshold: the least variance of an active unit.
+
+    Example:
+        >>> import torch
+        >>> active_units(torch.tensor([[1.0, 0.01], [-1.0, -0.01]]))
+        1
+    """
+    return activity(means, independent, threshold=threshold).active
+
+
+def pca_active_units(means: Tensor, independent: Tensor | None = None, *, threshold: float = 1e-2) -> int:
+    """The number of directions of h in which E_q[h] varies: eigenvalues of its covariance above the threshold.
+
+    Example:
+        >>> import torch
+        >>> pca_active_units(torch.tensor([[1.0, 1.0], [-1.0, -1.0]]))
+        1
+    """
+    return activity(means, independent, threshold=threshold).pca
+
+
+def activity(means: Tensor, independent: Tensor | None = None, *, threshold: float = 1e-2) -> Activity:
+    """`active_units` and `pca_active_units` with the indices of the units, from one covariance."""
+    covariance = mean_covariance(means, independent)
+    variance = covariance.diagonal().cpu()
+    units = (variance > threshold).nonzero().flatten().tolist()
+    return Activity(variance, units, int((torch.linalg.eigvalsh(covariance) > threshold).sum()))
+
+
+def layer_activity(
+    model: Any, x: Any, *, n: int = 100, threshold: float = 1e-2, batch_size: int = 100
+) -> list[Activity]:
+    """The activity of each stochastic layer, in the order of the parts of h.
+
+    Args:
+        model: see `mcobjectives.Model`.
+        x: the data, one row a data point.
+        n: samples of q a data point, for layers whose E_q[h] is not known exactly.
+        threshold: the least variance of an active unit.
+        batch_size: data points at a time.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Independent, Normal
+        >>> class Half:  # the second unit ignores x
+        ...     def posterior(self, x):
+        ...         return Independent(Normal(x * torch.tensor([1.0, 0.0]), 1.0), 1)
+        >>> [layer] = layer_activity(Half(), torch.randn(100, 2))
+        >>> layer.units, layer.pca
+        ([0], 1)
+    """
+    return [activity(a, b, threshold=threshold) for a, b in posterior_means(model, x, n=n, batch_size=batch_size)]
+
+
+@torch.no_grad()
+def posterior_means(model: Any, x: Any, *, n: int = 100, batch_size: int = 100) -> list[tuple[Tensor, Tensor | None]]:
+    """E_q[h] of each layer and data point, `(points, d)`: exact with None, or two averages over n // 2 samples each.
+
+    Exact for layer 1 if `posterior.mean` is a tensor, or a tuple that starts with layer 1's. Otherwise averages of the
+    conditional means `posterior.layer_means(h)`, each `(k, batch, d)` given the layers before, or of the samples.
+    """
+    _require_count("n", n, least=2)
+    _require_count("batch_size", batch_size)
+    _rows_and_device(x)
+    batches = [_batch_means(model.posterior(batch), n // 2) for batch in _batches(x, batch_size)]
+    layers = []
+    for parts in zip(*batches, strict=True):
+        first, second = zip(*parts, strict=True)
+        layers.append((torch.cat(first), None if second[0] is None else torch.cat(second)))
+    return layers
+
+
+def _batch_means(posterior: Any, half: int) -> list[tuple[Tensor, Tensor | None]]:
+    halves = []
+    for _ in range(2):
+        h = Samples(posterior, half, pathwise=False).draw()
+        layers = posterior.layer_means(h) if has_methods(posterior, "layer_means") else pytree.tree_leaves(h)
+        halves.append([_double(layer).mean(0) for layer in layers])
+    means: list[tuple[Tensor, Tensor | None]] = [(_rows(a), _rows(b)) for a, b in zip(*halves, strict=True)]
+    exact = _exact_mean(posterior)
+    if exact is not None and exact.shape == halves[0][0].shape:
+        means[0] = _rows(_double(exact)), None
+    return means
+
+
+def _exact_mean(posterior: Any) -> Tensor | None:
+    try:
+        leaves = pytree.tree_leaves(getattr(posterior, "mean", None))
+    except NotImplementedError:  # of torch distributions that know none
+        return None
+    return leaves[0] if leaves and isinstance(leaves[0], Tensor) else None
+
+
+def _rows(means: Tensor) -> Tensor:
+    return means.reshape(len(means), -1)
+
+
+def _double(value: Tensor) -> Tensor:
+    return (value.cpu() if value.device.type == "mps" else value).double()  # mps has no float64
+
+
+def _rows_and_device(x: Any) -> tuple[int, torch.device]:
+    leaves = pytree.tree_leaves(x)
+    lengths = {len(leaf) if isinstance(leaf, Tensor) and leaf.ndim else None for leaf in leaves}
+    if len(lengths) != 1 or None in lengths:
+        raise ValueError(f"x must be tensors with one row for each data point, got rows of {lengths or 'nothing'}")
+    if not len(leaves[0]):
+        raise ValueError("x has no data points")
+    return len(leaves[0]), leaves[0].device
+
+
+def _batches(x: Any, size: int) -> Iterator[Any]:
+    for start in range(0, _rows_and_device(x)[0], size):
+        yield pytree.tree_map(lambda part, i=start: part[i : i + size], x)
+
+
+def _require_count(name: str, value: Any, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _plain(value: Any) -> float | int | None:
+    if value is None or isinstance(value, int):
+        return value
+    return float(value) if math.isfinite(value) else None

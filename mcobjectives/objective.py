@@ -1,0 +1,346 @@
+"""Objective: a pure function of log-weights, its sample count, and the one way in which all of them are estimated."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, fields
+from functools import cached_property
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from mcobjectives import plugins
+from mcobjectives.analytic import expected_log_ratio
+from mcobjectives.derivatives import curvatures, leave_one_out, slopes, slopes_jump, slopes_vary
+from mcobjectives.estimators import Weights
+from mcobjectives.model import (
+    Density,
+    Latent,
+    ModelError,
+    Samples,
+    check_differentiable,
+    generators_at,
+    log_joint,
+    may_synchronise,
+    require,
+    rng_state,
+)
+from mcobjectives.replay import replayed
+from mcobjectives.resampling import select
+from mcobjectives.surrogate import PLAIN, Plan, Ratio, plan_of, terms
+
+
+@dataclass(frozen=True)
+class Objective(ABC):
+    """A Monte Carlo objective: subclasses are frozen dataclasses with a field `k` and a method `reduce`.
+
+    All of it in nats. `k` samples h_i ~ q(h | x) for each data point give log-weights
+    log w_i = log p(x, h_i) - log q(h_i | x), `(k, batch)`; `reduce` maps them to `(batch,)`.
+
+    Args:
+        gradient: name of the gradient estimator: "reparam", "stl", "dreg", "score", "vimco", "rws" or a plugin's.
+        chunk_size: evaluate so many samples at a time and evaluate them again in the backward pass: the same gradient
+            in memory that does not grow with k.
+        backward_samples: back-propagate so many of the k samples, chosen without bias by their weights.
+        kl_weight: t in log p(x | h) + t (log p(h) - log q(h | x)); not a bound unless it is one.
+
+    Raises:
+        ValueError: for an argument outside its range, or an estimator that is not valid for this objective.
+        ModelError: if the model lacks what the objective needs, or returns something other than `(k, batch)`.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import torch
+        >>> from mcobjectives import Objective
+        >>> @dataclass(frozen=True)
+        ... class MinWeight(Objective):
+        ...     k: int = 8
+        ...     def reduce(self, log_w):
+        ...         return log_w.amin(0)
+        >>> MinWeight(k=2).reduce(torch.tensor([[1.0], [3.0]]))
+        tensor([1.])
+    """
+
+    _: KW_ONLY
+    gradient: str = "reparam"
+    chunk_size: int | None = None
+    backward_samples: int | None = None
+    kl_weight: float = 1.0
+
+    if TYPE_CHECKING:
+
+        @property
+        def k(self) -> int: ...
+
+    @abstractmethod
+    def reduce(self, log_w: Tensor) -> Tensor:
+        """F, the objective of each data point: `(k, batch) -> (batch,)`, in nats."""
+
+    # What an objective may state about itself.
+
+    smooth = True
+    """False where dF/dlog w jumps (a median, a maximum): STL and DReG are then refused."""
+
+    exempt: ClassVar[frozenset[str]] = frozenset()
+    """Which properties it does not promise: out of `mcobjectives.testing.EXEMPTABLE`, and checked there."""
+
+    analytic_kl = False
+    """Whether log p(h) - log q(h | x) is replaced by its expectation."""
+
+    @property
+    def tempering(self) -> float:
+        """The weight t on log p(h) - log q(h | x) in the log-weights."""
+        return self.kl_weight
+
+    # Derivatives of F: from autograd on `reduce` alone; closed forms may override them.
+
+    def slopes(self, log_w: Tensor) -> Tensor:
+        """g_i = dF/dlog w_i, `(k, batch)`."""
+        return slopes(self.reduce, log_w)
+
+    def curvatures(self, log_w: Tensor) -> Tensor:
+        """H_ii = d2F/d(log w_i)2, `(k, batch)`."""
+        return curvatures(self.reduce, log_w)
+
+    def leave_one_out(self, log_w: Tensor) -> Tensor:
+        """b_i = F with log w_i replaced by the mean of the others, `(k, batch)`."""
+        return leave_one_out(self.reduce, log_w)
+
+    @cached_property
+    def slopes_vary(self) -> bool:
+        """Whether the slopes depend on the log-weights, that is, whether F is not linear."""
+        return slopes_vary(self.slopes, self.k)
+
+    @cached_property
+    def slopes_jump(self) -> bool:
+        """Whether the slopes were seen to jump."""
+        return slopes_jump(self.slopes, self.k)
+
+    def weights(self, log_w: Tensor) -> Weights:
+        """The estimator's (a, c, s) at these log-weights."""
+        return Weights(*self._estimator(self, log_w))
+
+    # The three ways to use an objective on a model.
+
+    def __call__(self, model: Any, x: Any) -> Tensor:
+        """The loss: minus the mean bound over the batch, a scalar; `backward()` trains p and q."""
+        return -self.surrogate(model, x).mean()
+
+    def bound(self, model: Any, x: Any) -> Tensor:
+        """The bound for each data point, `(batch,)`, without a graph."""
+        with torch.no_grad():
+            samples, log_p, log_q = self._open(model, x)
+            return self._reduce_checked(self._log_weights(samples, log_p, log_q))
+
+    def surrogate(self, model: Any, x: Any) -> Tensor:
+        """The bound for each data point, `(batch,)`, whose gradient is the estimator's."""
+        samples, log_p, log_q = self._open(model, x)
+        if self.backward_samples is not None:
+            return self._resampled(samples, log_p, log_q)
+        if self.chunk_size is not None and torch.is_grad_enabled():
+            return self._chunked(samples, log_p, log_q)
+        ratio = Ratio()
+        whole = terms(self._plan, log_p, log_q, samples.draw(), self.k, self.tempering, ratio)
+        bound = self._reduce_checked(whole.log_w)
+        if self._plan.plain:
+            return bound
+        weights = self.weights(whole.log_w)
+        ratio.of(weights)
+        return _with_value(whole.weighted_sum(weights), bound)
+
+    def bind(self, model: Any) -> torch.nn.Module:
+        """An `nn.Module` whose `forward(x)` is the loss: for torch.compile, DDP, Lightning."""
+        return BoundObjective(self, model)
+
+    # How it is done.
+
+    def _open(self, model: Any, x: Any) -> tuple[Samples, Density, Density]:
+        log_p = log_joint(model, x, self.tempering) if not self.analytic_kl else None
+        if log_p is None:
+            require(model, f"{type(self).__name__}(analytic_kl=True)", "posterior", "log_likelihood")
+        if isinstance(x, Tensor) and x.numel() == 0:  # torch's own distributions stumble over it less legibly
+            raise ModelError(f"the batch is empty: x has shape {tuple(x.shape)}")
+        posterior = model.posterior(x)
+        samples = Samples(
+            posterior,
+            self.k,
+            pathwise=self._plan.path and torch.is_grad_enabled(),
+            replay=self.chunk_size is not None,
+        )
+        if log_p is not None:
+            return samples, log_p, posterior.log_prob
+        return samples, lambda h: model.log_likelihood(x, h), expected_log_ratio(model, posterior)
+
+    def _chunks(self) -> list[tuple[int, int]]:
+        size = self.chunk_size or self.k
+        return [(start, min(start + size, self.k)) for start in range(0, self.k, size)]
+
+    def _log_weights(self, samples: Samples, log_p: Density, log_q: Density, states: list[Any] | None = None) -> Tensor:
+        """All log-weights, `(k, batch)`, without a graph; `states` takes the generators' before each chunk."""
+        parts = []
+        with torch.no_grad():
+            for start, stop in self._chunks():
+                h = samples.draw(start, stop)
+                if states is not None:
+                    states.append(rng_state())
+                parts.append(terms(PLAIN, log_p, log_q, h, stop - start, self.tempering, Ratio()).log_w)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _chunked(self, samples: Samples, log_p: Density, log_q: Density) -> Tensor:
+        """Two passes: the log-weights without a graph, then S chunk by chunk when the gradient is asked for."""
+        if self._plan.path:  # before anything is computed at all samples
+            first = samples.draw(*self._chunks()[0])
+            check_differentiable(first, log_q(pytree.tree_map(torch.Tensor.detach, first)))
+        states: list[Any] = []
+        log_w = self._log_weights(samples, log_p, log_q, states)
+        weights = self.weights(log_w)
+
+        def share(chunk: int) -> Tensor:
+            start, stop = self._chunks()[chunk]
+            own = Weights.of(w if w is None else w[start:stop] for w in weights)
+            ratio = Ratio()
+            ratio.of(own)
+            h = samples.draw(start, stop)
+            with generators_at(states[chunk]):  # a dropout in the model repeats itself
+                return terms(self._plan, log_p, log_q, h, stop - start, self.tempering, ratio).weighted_sum(own)
+
+        return replayed(self._reduce_checked(log_w), share, len(states))
+
+    def _resampled(self, samples: Samples, log_p: Density, log_q: Density) -> Tensor:
+        m = self.backward_samples
+        assert m is not None
+        h = samples.draw() if self.chunk_size is None else None
+        if h is None:
+            log_w = self._log_weights(samples, log_p, log_q)
+        else:
+            with torch.no_grad():
+                fixed = pytree.tree_map(torch.Tensor.detach, h)
+                log_w = terms(PLAIN, log_p, log_q, fixed, self.k, self.tempering, Ratio()).log_w
+        bound = self._reduce_checked(log_w)
+        with torch.no_grad():
+            arrays = self.weights(log_w)
+            importance = torch.stack([w.abs() for w in arrays if w is not None]).amax(0)
+            # In float64: float32 draws an exact 0, which favours the first sample however small, once in 2^24 times.
+            offset = torch.rand(log_w.shape[1], dtype=torch.float64, device=log_w.device)
+            index, multiplier = select(importance, m, offset)
+            multiplier = multiplier.to(log_w.dtype)
+            weights = Weights.of(w if w is None else multiplier * w.gather(0, index) for w in arrays)
+        ratio = Ratio()
+        ratio.of(weights)
+        chosen = pytree.tree_map(lambda part: _pick(part, index), h) if h is not None else self._redraw(samples, index)
+        kept = terms(self._plan, log_p, log_q, chosen, m, self.tempering, ratio)
+        return _with_value(kept.weighted_sum(weights), bound)
+
+    def _redraw(self, samples: Samples, index: Tensor) -> Latent:
+        """The chosen samples, `(m, batch, ...)`, drawn again chunk by chunk."""
+
+        def picked(start: int, stop: int) -> Latent:
+            inside = (index >= start) & (index < stop)
+            local = (index - start).clamp(0, stop - start - 1)
+            part = pytree.tree_map(lambda t: _pick(t, local), samples.draw(start, stop))
+            return pytree.tree_map(lambda t: torch.where(_like(inside, t), t, torch.zeros_like(t)), part)
+
+        chosen: Latent = None
+        for start, stop in self._chunks():
+            part = checkpoint(picked, start, stop, use_reentrant=False)
+            chosen = part if chosen is None else pytree.tree_map(torch.add, chosen, part)
+        return chosen
+
+    def _reduce_checked(self, log_w: Tensor) -> Tensor:
+        bound = self.reduce(log_w)
+        if may_synchronise(bound) and not bool(torch.isfinite(bound).all()):
+            empty = int((log_w == -torch.inf).all(0).sum())
+            why = f"all {self.k} weights are zero for {empty} of them" if empty else "some of their weights are zero"
+            raise ValueError(
+                f"the bound of {type(self).__name__} is not finite for {int((~torch.isfinite(bound)).sum())} of "
+                f"{bound.numel()} data points: {why} (log p(x, h) = -inf)"
+            )
+        return bound
+
+    @cached_property
+    def _estimator(self) -> Callable[..., Any]:
+        return plugins.get_estimator(self.gradient)
+
+    @cached_property
+    def _plan(self) -> Plan:
+        # "reparam" with the objective's own weights is plain differentiation of F: no surrogate is needed.
+        if self.gradient == "reparam" and type(self).weights is Objective.weights:
+            return PLAIN
+        return plan_of(self.weights, self.k)
+
+    def __post_init__(self) -> None:
+        parts = [name for name in ("k1", "k2") if hasattr(self, name)]
+        given = [name for name in ("chunk_size", "backward_samples") if getattr(self, name) is not None]
+        for name in (*parts, "k", *given):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if self.backward_samples is not None and self.backward_samples > self.k:
+            raise ValueError(f"backward_samples must be at most k = {self.k}, got {self.backward_samples}")
+        require_number("kl_weight", self.kl_weight, lambda t: t >= 0, "a finite number of at least 0")
+        self._estimator, self._plan  # noqa: B018  an invalid pair of objective and estimator raises here, before any compute
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__repr__" not in vars(cls):
+            # Before @dataclass would write its own.
+            cls.__repr__ = Objective.__repr__  # type: ignore[method-assign]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # and not what is cached beside the fields
+
+    def __repr__(self) -> str:
+        base = {f.name for f in fields(Objective)}
+        shown = [f for f in fields(self) if f.name not in base and getattr(self, f.name) is not False]
+        shown += [f for f in fields(self) if f.name in base and getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
+
+
+class BoundObjective(torch.nn.Module):
+    """An objective and a model in one module: `forward(x)` is the loss. `objective.bind(model)` makes one.
+
+    Example:
+        >>> from mcobjectives import IWAE
+        >>> from torch.distributions import Independent, Normal
+        >>> class Model(torch.nn.Linear):  # h ~ N(0, 1), x | h ~ N(h, 1)
+        ...     def posterior(self, x):
+        ...         return Independent(Normal(self(x), 1.0), 1)
+        ...     def log_joint(self, x, h):
+        ...         return (Normal(0.0, 1.0).log_prob(h) + Normal(h, 1.0).log_prob(x)).sum(-1)
+        >>> bound = IWAE(k=5).bind(Model(1, 1))
+        >>> [name for name, _ in bound.named_parameters()], bound(torch.zeros(2, 1)).shape
+        (['model.weight', 'model.bias'], torch.Size([]))
+    """
+
+    def __init__(self, objective: Objective, model: Any) -> None:
+        super().__init__()
+        self.objective, self.model = objective, model
+
+    def forward(self, x: Any) -> Tensor:
+        return self.objective(self.model, x)
+
+
+def require_number(name: str, value: Any, allowed: Callable[[float], bool], expected: str) -> None:
+    """Raise `ValueError` unless the value is a finite real number in the allowed range."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not allowed(float(value)):
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def _with_value(total: Tensor, value: Tensor) -> Tensor:
+    return total - total.detach() + value.detach()
+
+
+def _like(weights: Tensor, part: Tensor) -> Tensor:
+    """`(m, batch)` with trailing ones, to broadcast against a part of h."""
+    return weights.reshape(weights.shape + (1,) * (part.ndim - weights.ndim))
+
+
+def _pick(part: Tensor, index: Tensor) -> Tensor:
+    """Rows of `(k, batch, ...)` by an `(m, batch)` index."""
+    return part.gather(0, _like(index, part).expand(index.shape + part.shape[2:]))

@@ -1,0 +1,118 @@
+"""Objectives and estimators by name, found through entry points: the built-ins exactly as a third party's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+OBJECTIVES = "mcobjectives.objectives"
+ESTIMATORS = "mcobjectives.estimators"
+
+
+class PluginError(ValueError):
+    """A plugin is unknown, claimed twice, or cannot be loaded.
+
+    Example:
+        >>> try:
+        ...     get_estimator("nonesuch")
+        ... except PluginError as error:
+        ...     print(str(error).partition(":")[0])
+        unknown estimator 'nonesuch'
+    """
+
+
+@cache
+def registered(group: str) -> dict[str, tuple[EntryPoint, ...]]:
+    """All entry points of a group by name; more than one for a name is a clash between distributions."""
+    found: dict[str, dict[str, EntryPoint]] = {}
+    for point in entry_points(group=group):
+        # One distribution seen twice on the path (an editable install beside its sources) is no clash.
+        found.setdefault(point.name, {}).setdefault(distribution(point), point)
+    return {name: tuple(points.values()) for name, points in sorted(found.items())}
+
+
+def distribution(point: EntryPoint) -> str:
+    return point.dist.name if point.dist else "an unknown distribution"
+
+
+@cache
+def load(group: str, name: str) -> Any:
+    """The object that a plugin's entry point names; raises `PluginError` with the distribution that is at fault."""
+    points = registered(group).get(name, ())
+    kind = _kind(group)
+    if not points:
+        raise PluginError(f"unknown {kind} {name!r}: choose from {', '.join(registered(group)) or 'none installed'}")
+    if len(points) > 1:
+        claims = " and ".join(sorted(distribution(p) for p in points))
+        raise PluginError(f"{kind} {name!r} is claimed by {claims}: uninstall one of them")
+    try:
+        return points[0].load()
+    except Exception as error:
+        raise PluginError(
+            f"{kind} {name!r} of {distribution(points[0])} ({points[0].value}) cannot be loaded: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def objective_names() -> list[str]:
+    """The names of all installed objectives, sorted.
+
+    Example:
+        >>> "iwae" in objective_names()
+        True
+    """
+    return list(registered(OBJECTIVES))
+
+
+def estimator_names() -> list[str]:
+    """The names of all installed gradient estimators, sorted.
+
+    Example:
+        >>> "dreg" in estimator_names()
+        True
+    """
+    return list(registered(ESTIMATORS))
+
+
+def get_objective(name: str) -> Callable[..., Any]:
+    """The objective class registered under a name.
+
+    Raises:
+        PluginError: for a name that is not installed, claimed twice, broken, or not an objective's.
+
+    Example:
+        >>> get_objective("iwae")(k=5)
+        IWAE(k=5)
+    """
+    found = load(OBJECTIVES, name)
+    if not (isinstance(found, type) and callable(getattr(found, "reduce", None))):
+        raise PluginError(f"{_whose(OBJECTIVES, name)} is {found!r}, not an Objective class with a reduce method")
+    return found
+
+
+def get_estimator(name: str) -> Callable[..., Any]:
+    """The estimator registered under a name: a function (objective, log_weights) -> (a, c, s).
+
+    Raises:
+        PluginError: for a name that is not installed, claimed twice, broken, or not a function's.
+
+    Example:
+        >>> get_estimator("dreg").__name__
+        'dreg'
+    """
+    found = load(ESTIMATORS, name)
+    if not callable(found):
+        raise PluginError(
+            f"{_whose(ESTIMATORS, name)} is {found!r}, not a function (objective, log_weights) -> (a, c, s)"
+        )
+    return found
+
+
+def _kind(group: str) -> str:
+    return group.rsplit(".", 1)[-1].removesuffix("s")
+
+
+def _whose(group: str, name: str) -> str:
+    return f"{_kind(group)} {name!r} of {distribution(registered(group)[name][0])}"

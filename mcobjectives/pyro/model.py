@@ -1,0 +1,256 @@
+"""A pair of Pyro programs as a Model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from mcobjectives.model import ModelError, rng_state
+from mcobjectives.pyro.programs import Layout, Recorder, Site
+from mcobjectives.pyro.structure import Structure, inspect
+
+
+class Arguments:
+    """Several arguments of a pair of programs in place of one x: `IWAE(k=5)(model, Arguments(x, y=y))`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.args, self.kwargs = args, kwargs
+
+
+class Sites(dict):
+    """The guide's random sites by name, each `(k, batch, other plates..., event...)`, and whom they were drawn from.
+
+    `trace` holds the guide's execution at exactly these tensors, where it is known: copies, slices and detached
+    samples have none.
+    """
+
+    def __init__(self, parts: dict[str, Tensor], posterior: GuidePosterior, trace: Trace | None = None) -> None:
+        super().__init__(parts)
+        self.posterior, self._traces = posterior, {} if trace is None else {torch.is_grad_enabled(): trace}
+        self._evaluated: tuple[bool, Trace] | None = None
+
+    @property
+    def trace(self) -> Trace | None:
+        # One that was recorded without a graph is of no use where gradients are wanted.
+        return self._traces.get(True) or (None if torch.is_grad_enabled() else self._traces.get(False))
+
+    @trace.setter
+    def trace(self, trace: Trace) -> None:
+        self._traces[torch.is_grad_enabled()] = trace
+
+    @property
+    def k(self) -> int:
+        return next(iter(self.values())).shape[0]
+
+
+Trace = dict[str, Site]
+
+pytree.register_pytree_node(
+    Sites,
+    lambda h: (list(h.values()), (tuple(h), h.posterior)),
+    lambda parts, context: Sites(dict(zip(context[0], parts, strict=True)), context[1]),
+    serialized_type_name="mcobjectives.pyro.Sites",
+)
+
+
+class PyroModel(torch.nn.Module):
+    """A pair of Pyro programs as a Model: `IWAE(k=50)(PyroModel(model, guide), x)`.
+
+    The programs are called as `model(x)` and `guide(x)`; with `Arguments(...)` in place of x, with those. The loss is
+    minus the mean over the data plate (over its subsample, unscaled). One guide execution draws all samples, with what
+    depends on x alone computed once on batch rows; guides whose sites depend on one another are executed again where a
+    density is needed at other samples.
+
+    Args:
+        model: a Pyro program; data are observed by `obs` or `pyro.factor`.
+        guide: a Pyro program with the model's latent sites: functions, `PyroModule`s, autoguides.
+        max_plate_nesting: how many dimensions belong to plates; found by a first run if not given.
+        weights: "auto" gives each element of the plate that holds all sites its weight, or the whole data set one if
+            no latent is in a plate, and refuses other programs; "joint" gives the whole data set one weight.
+        scaled: multiply each site's log-density by its scale, inside the weights: right for VAE alone.
+
+    Raises:
+        ModelError: for a program that cannot be weighted, with the reason and the mend.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> from mcobjectives import IWAE
+        >>> from mcobjectives.pyro import PyroModel
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):  # the exact posterior, so that every sample has the same weight
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> IWAE(k=5).bound(PyroModel(model, guide), torch.tensor([0.0, 2.0]))  # log N(x; 0, sqrt 2)
+        tensor([-1.2655, -2.2655])
+    """
+
+    scale: float | Tensor = 1.0
+    """The scale that all sites had in the latest evaluation: a number, or `(batch,)`. It is not in the weights."""
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        *,
+        max_plate_nesting: int | None = None,
+        weights: Literal["auto", "joint"] = "auto",
+        scaled: bool = False,
+    ) -> None:
+        super().__init__()
+        if weights not in ("auto", "joint"):
+            raise ValueError(f'weights must be "auto" or "joint", got {weights!r}')
+        self.model, self.guide = model, guide
+        self.max_plate_nesting, self.weights, self.scaled = max_plate_nesting, weights, scaled
+        self._structure: Structure | None = None
+        self._independent = True  # until a run of the guide shows otherwise
+
+    def posterior(self, x: Any) -> GuidePosterior:
+        """The guide at x, its sites on `(k, batch)`."""
+        if torch._C._get_tracing_state() is not None:
+            raise NotImplementedError("torch.jit.trace would freeze the weights of an objective: call it eagerly")
+        args, kwargs = (x.args, x.kwargs) if isinstance(x, Arguments) else ((x,), {})
+        return GuidePosterior(self, args, kwargs, self._layout(args, kwargs))
+
+    def log_joint(self, x: Any, h: Any) -> Tensor:
+        """log p(x, h), `(k, batch)`; less the log-density of the guide's `Delta` sites, if it has any."""
+        return self._density(self._sites(x, h), likelihood=True, prior=True)
+
+    def log_likelihood(self, x: Any, h: Any) -> Tensor:
+        """The observed sites' part of it, factors included, `(k, batch)`."""
+        return self._density(self._sites(x, h), likelihood=True, prior=False)
+
+    def log_prior(self, h: Sites) -> Tensor:
+        """The latent sites' part, `(k, batch)`, for samples drawn from `posterior(x)`."""
+        if not isinstance(h, Sites):
+            raise ModelError("log_prior needs samples that posterior(x) has drawn: a program's prior may depend on x")
+        return self._density(h, likelihood=False, prior=True)
+
+    def structure(self, x: Any) -> Structure:
+        """The programs' plates, found by one plain run at x and kept."""
+        args, kwargs = (x.args, x.kwargs) if isinstance(x, Arguments) else ((x,), {})
+        if self._structure is None:
+            self._structure = inspect(self.model, self.guide, args, kwargs)
+        return self._structure
+
+    def sites(self, h: Sites) -> dict[str, Tensor]:
+        """The latent sites of the model at samples h, each `(k, batch, ...)`, `Delta` sites included."""
+        layout = h.posterior.layout
+        return {
+            name: layout.to_latent(site.value) for name, site in h.posterior.evaluate(h).items() if not site.observed
+        }
+
+    def _layout(self, args: tuple, kwargs: dict) -> Layout:
+        structure = self.structure(Arguments(*args, **kwargs))
+        if structure.refusal and self.weights == "auto":
+            raise ModelError(structure.refusal)
+        nesting = structure.nesting if self.max_plate_nesting is None else self.max_plate_nesting
+        if nesting < structure.nesting:
+            raise ModelError(f"max_plate_nesting must be at least {structure.nesting} here, got {nesting}")
+        return Layout(nesting, structure.plate if self.weights == "auto" else None)
+
+    def _sites(self, x: Any, h: Any) -> Sites:
+        return h if isinstance(h, Sites) else Sites(h, self.posterior(x))
+
+    def _density(self, h: Sites, *, likelihood: bool, prior: bool) -> Tensor:
+        layout, k = h.posterior.layout, h.k
+        q = h.posterior.evaluate(h)
+        p = self._run(h, q)
+        if not self.scaled:
+            self.scale = layout.scale([*q.values(), *p.values()])
+        total = layout.sum((site for site in p.values() if (likelihood if site.observed else prior)), k, self.scaled)
+        change = layout.sum((site for site in q.values() if not site.free), k, self.scaled) if prior else None
+        if total is None:  # no observed site, or no latent one
+            total = torch.zeros_like(h.posterior.log_prob(h))
+        return total if change is None else total - change
+
+    def _run(self, h: Sites, q: Trace) -> Trace:
+        """The model's execution at h, kept for the other part of log p where the two are asked for one by one."""
+        if h._evaluated is not None and h._evaluated[0] == torch.is_grad_enabled():
+            return h._evaluated[1]
+        posterior = h.posterior
+        given = {name: site.value for name, site in q.items() if not site.observed}
+        run = Recorder(h.k, posterior.layout.nesting, posterior.subsamples, given=given, draw=False)
+        trace = run.run(self.model, posterior.args, posterior.kwargs)
+        h._evaluated = torch.is_grad_enabled(), trace
+        return trace
+
+
+class GuidePosterior:
+    """A guide at one x: `rsample`, `sample` and `log_prob` of its random sites, a dict of `(k, batch, ...)`."""
+
+    def __init__(self, owner: PyroModel, args: tuple, kwargs: dict, layout: Layout) -> None:
+        self.owner, self.args, self.kwargs, self.layout = owner, args, kwargs, layout
+        self.subsamples: dict[str, Any] = {}
+        structure = owner.structure(Arguments(*args, **kwargs))
+        self.has_rsample = structure.reparameterised
+        # Distributions that do not depend on other sites' samples are kept: no further execution is needed.
+        self._kept: Trace | None = None
+        if owner._independent:
+            trace = self._record(1, preview=True)
+            if any(site.depends_on_samples(layout.nesting) for site in trace.values()):
+                owner._independent = False
+            else:
+                self._kept = trace
+        elif structure.subsampled:
+            with torch.no_grad():  # for the indices, which every later execution shares
+                self._record(1, preview=True)
+
+    def rsample(self, sample_shape: torch.Size) -> Sites:
+        """k samples, differentiable where the sites' distributions are: dict of `(k, batch, ...)`."""
+        (k,) = sample_shape
+        if self._kept is None:
+            trace = self._record(k)
+        else:
+            drawn = Recorder(k, self.layout.nesting, {})
+            trace = {n: s if s.observed else s._replace(value=drawn._draw(n, s.fn)) for n, s in self._kept.items()}
+        return Sites({n: self.layout.to_latent(s.value) for n, s in trace.items() if s.free}, self, trace)
+
+    def sample(self, sample_shape: torch.Size) -> Sites:
+        """k samples without a graph."""
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def log_prob(self, h: Any) -> Tensor:
+        """log q(h | x), `(k, batch)`."""
+        h = h if isinstance(h, Sites) else Sites(h, self)
+        total = self.layout.sum((s for s in self.evaluate(h).values() if s.free), h.k, self.owner.scaled)
+        assert total is not None
+        return total
+
+    def evaluate(self, h: Sites) -> Trace:
+        """The guide's sites at samples h, executed again only where their distributions depend on h."""
+        if h.trace is None:
+            given = {name: self.layout.to_site(part) for name, part in h.items()}
+            if self._kept is not None:
+                again = Recorder(h.k, self.layout.nesting, {})
+                h.trace = {
+                    n: s if s.observed else s._replace(value=given[n] if s.free else again._draw(n, s.fn))
+                    for n, s in self._kept.items()
+                }
+            else:
+                before = rng_state()
+                h.trace = self._record(h.k, given=given, draw=False)
+                if not _same(before, rng_state()):
+                    raise ModelError(
+                        "the guide draws random numbers outside its sample sites (dropout?), so its density cannot be "
+                        "evaluated again at its samples: make them sites, or switch them off by eval()"
+                    )
+        assert h.trace is not None
+        return h.trace
+
+    def _record(self, n: int, **options: Any) -> Trace:
+        run = Recorder(n, self.layout.nesting, self.subsamples, **options)
+        return run.run(self.owner.guide, self.args, self.kwargs)
+
+
+def _same(before: Iterable[Tensor | None], after: Iterable[Tensor | None]) -> bool:
+    return all(
+        a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in zip(before, after, strict=True)
+    )

@@ -1,0 +1,92 @@
+"""Graphs that are built only in the backward pass: a sum over chunks, one at a time, in the memory of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mcobjectives.model import may_synchronise
+
+Share = Callable[[int], Tensor]
+"""i -> the share of chunk i in S for each data point, `(batch,)`; the same numbers whenever it is called."""
+
+
+def replayed(value: Tensor, share: Share, chunks: int) -> Tensor:
+    """`value`, `(batch,)`, with the gradient of the sum of share(i) over the chunks.
+
+    The leaves that the sum depends on are read off the first chunk's graph; a later chunk that reaches another one
+    raises, since its gradient would be lost.
+    """
+    leaves = _leaves(share(0))
+    return _Replayed.apply(value, share, chunks, *leaves) if leaves else value
+
+
+def autocast_as_now(device: str) -> Callable[[], torch.autocast]:
+    """A function that makes the autocast context that is active now, for use in a backward pass."""
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return lambda: torch.autocast(device, dtype, enabled)
+
+
+def require_unchanged(again: Tensor, first: Tensor, what: str) -> None:
+    """Raise where something evaluated again in the backward pass has another value: its gradient would be wrong."""
+    if may_synchronise(again) and not torch.allclose(again, first, rtol=1e-4, atol=1e-4, equal_nan=True):
+        raise RuntimeError(
+            f"{what} has another value in the backward pass than in the forward pass (parameters swapped by "
+            "torch.func.functional_call, changed in between, or random numbers in the model): use gradient='reparam' "
+            "without chunk_size, or call backward() inside the context that sets the parameters"
+        )
+
+
+class _Replayed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, share: Share, chunks: int, *leaves: Tensor) -> Tensor:
+        ctx.share, ctx.chunks, ctx.leaves = share, chunks, leaves
+        ctx.autocast = autocast_as_now(value.device.type)
+        return value.detach().clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        total = [torch.zeros_like(leaf) for leaf in ctx.leaves]
+        known = {id(leaf) for leaf in ctx.leaves}
+        for i in range(ctx.chunks):
+            with torch.enable_grad(), ctx.autocast():
+                share = ctx.share(i)
+            reached = set(map(id, _leaves(share)))
+            if reached - known or (i == 0 and reached != known):
+                raise RuntimeError(
+                    f"chunk {i + 1} of {ctx.chunks} depends on other parameters than in the forward pass "
+                    "(swapped by torch.func.functional_call, or chosen at random): use chunk_size=None"
+                )
+            # What the chunks share, q's network, is differentiated once for each: it has batch rows only.
+            grads = torch.autograd.grad(share, ctx.leaves, grad, retain_graph=True, allow_unused=True)
+            for sum_, one in zip(total, grads, strict=True):
+                if one is not None:
+                    sum_ += one
+        return None, None, None, *total
+
+
+def parameterless(sample: Tensor) -> None:
+    """Mark a sample of a q without parameters as differentiable, and as nobody's parameter."""
+    sample.requires_grad_()
+    sample.parameterless = True  # type: ignore[attr-defined]
+
+
+def _leaves(value: Tensor) -> list[Tensor]:
+    """The tensors that a graph accumulates gradients into."""
+    found: dict[int, Tensor] = {}
+    seen: set[Any] = set()
+    stack = [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable") and not hasattr(node.variable, "parameterless"):
+            found[id(node.variable)] = node.variable
+        stack.extend(following for following, _ in node.next_functions)
+    return list(found.values())

@@ -1,0 +1,43 @@
+"""Which few samples to back-propagate: the threshold rule of Fearnhead & Clifford (2003), unbiased."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def inclusion_probabilities(importance: Tensor, m: int) -> Tensor:
+    """pi_i = min(v_i / tau, 1) with tau such that they sum to m (or to the number of non-zero v_i, if that is fewer).
+
+    `importance` v is `(k, batch)`, non-negative; the result is float64 `(k, batch)`.
+    """
+    v = importance.double()
+    k = v.shape[0]
+    ascending = v.sort(0).values.cumsum(0)  # tail sums from the small end: no cancellation
+    largest_first = v.sort(0, descending=True).values
+    # With c samples kept for certain, the other m - c places are shared by a mass of tails[c].
+    tails = ascending.flip(0)[:m]
+    places = torch.arange(m, 0, -1, dtype=v.dtype, device=v.device).unsqueeze(1)
+    taus = tails / places
+    fits = largest_first[:m] <= taus * (1 + 1e-12)
+    fits[min(m, k) - 1] = True  # with one place left, the mass of the rest is at least its largest part
+    tau = taus.gather(0, fits.to(torch.uint8).argmax(0, keepdim=True))
+    return torch.where(v > 0, (v / tau).clamp(max=1.0), 0.0)
+
+
+def select(importance: Tensor, m: int, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Systematic sampling with those probabilities: `(index, multiplier)`, each `(m, batch)`.
+
+    `offset` is uniform in [0, 1), `(batch,)`. The multiplier is 1 / pi of the chosen sample, so that for any f
+    E[sum_j multiplier_j f(index_j)] = sum_i f(i) over the samples with v_i > 0. Surplus places have multiplier zero.
+    """
+    pi = inclusion_probabilities(importance, m)
+    edges = pi.T.contiguous().cumsum(1)
+    # Rounding may leave the last edge a hair beside the whole number that it is.
+    edges = torch.where(edges >= edges[:, -1:], edges[:, -1:].round(), edges)
+    points = offset.double().unsqueeze(1) + torch.arange(m, dtype=torch.float64, device=pi.device)
+    index = torch.searchsorted(edges, points, right=True).T
+    surplus = index >= pi.shape[0]
+    index = index.clamp(max=pi.shape[0] - 1)
+    # However unlikely the sample, its multiplier is a number that float32 holds too.
+    return index, torch.where(surplus, 0.0, 1 / pi.gather(0, index).clamp(min=1e-30))

@@ -1,0 +1,224 @@
+"""Objectives as text, `power(k=50, p=3)`: read by `ast` as literals only, never evaluated, and written back."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import inspect
+import math
+import warnings
+from dataclasses import MISSING, Field, fields, is_dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from mcobjectives.objective import Objective
+from mcobjectives.objectives import Split
+from mcobjectives.plugins import PluginError, get_objective, objective_names
+
+_LONGEST = 2000
+
+
+def parse_objective(spec: str) -> Objective:
+    """The objective that a spec stands for: a registered name, with options in Python literals.
+
+    Options are keywords whose values are numbers, strings, True, False or None; `split` takes its two parts as specs.
+
+    Raises:
+        ValueError: in one line with the spec and the mend, whatever is wrong with it.
+
+    Example:
+        >>> parse_objective("iwae")
+        IWAE(k=50)
+        >>> parse_objective("power(k=8, p=3, gradient='dreg')")
+        Power(k=8, p=3, gradient='dreg')
+        >>> parse_objective("split(generative=iwae(k=6), inference=miwae(k1=3, k2=2))").k
+        6
+    """
+    name, node = _parse(spec, spec)
+    return _build(spec, spec, name, _registered(spec, name), node)
+
+
+def import_objective(spec: str) -> Objective:
+    """The objective of a spec that says where its class is: `mypackage.module:MyObjective(k=3)`.
+
+    This imports `mypackage.module`: it is for code of one's own (`mcobj check`), not for specs from elsewhere.
+
+    Example:
+        >>> import_objective("mcobjectives.objectives:IWAE(k=3)")
+        IWAE(k=3)
+    """
+    module_name, separator, rest = spec.partition(":")
+    module_name = module_name.strip()
+    if not separator or not all(part.isidentifier() for part in module_name.split(".")):
+        raise _error(spec, "say where the class is, as in 'mypackage.module:MyObjective(k=3)'")
+    name, node = _parse(spec, rest)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise _error(spec, f"cannot import {module_name}: {type(error).__name__}: {error}") from error
+    found = getattr(module, name, None)
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        known = [n for n, value in vars(module).items() if isinstance(value, type) and issubclass(value, Objective)]
+        what = f"has no {name}" if found is None else f"has {name}, which is not a subclass of mcobjectives.Objective"
+        raise _error(spec, f"{module_name} {what}: its objectives are {', '.join(known) or 'none'}")
+    return _build(spec, rest, name, found, node)
+
+
+def format_objective(objective: Objective) -> str:
+    """The shortest spec of an objective, its inverse: `parse_objective(format_objective(objective)) == objective`.
+
+    An objective that is not registered is written as `module:Class(...)`, which `import_objective` reads.
+
+    Example:
+        >>> from mcobjectives import IWAE, Power
+        >>> format_objective(IWAE(k=50))
+        'iwae'
+        >>> format_objective(Power(k=8, chunk_size=4))
+        'power(k=8, chunk_size=4)'
+    """
+    if not is_dataclass(objective):
+        raise ValueError(f"{objective!r} is not a dataclass: its options cannot be written as a spec")
+    own_first = sorted(fields(objective), key=lambda f: f.kw_only is True)
+    changed = [f for f in own_first if f.init and not _is_default(f, getattr(objective, f.name))]
+    options = ", ".join(f"{f.name}={_format_value(f.name, getattr(objective, f.name))}" for f in changed)
+    name = _name_of(type(objective))
+    return f"{name}({options})" if options else name
+
+
+# Reading.
+
+
+def _error(spec: str, problem: str) -> ValueError:
+    return ValueError(" ".join(f"objective spec {_shorten(spec)!r}: {problem}".split()))
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _parse(spec: str, text: str) -> tuple[str, ast.Call | None]:
+    """The name and, where there are options, the call node of `name` or `name(option=literal, ...)`."""
+    usage = "write a name, or a name with options, as in 'iwae' or 'power(k=50, p=3)'"
+    if len(text) > _LONGEST:
+        raise _error(spec, f"is longer than {_LONGEST} characters")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # SyntaxWarnings about the caller's text
+            body = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        reason = getattr(error, "msg", None) or type(error).__name__
+        raise _error(spec, f"cannot be read ({reason}): {usage}") from None
+    return _name_and_call(spec, body, usage)
+
+
+def _name_and_call(spec: str, node: ast.expr, usage: str) -> tuple[str, ast.Call | None]:
+    if isinstance(node, ast.Name):
+        return node.id, None
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return node.func.id, node
+    raise _error(spec, f"is not an objective: {usage}")
+
+
+def _names() -> list[str]:
+    return sorted({*objective_names(), "split"})
+
+
+def _registered(spec: str, name: str) -> Any:
+    names = _names()
+    if name not in names:
+        close = difflib.get_close_matches(name.lower(), names, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise _error(spec, f"unknown objective {name!r}: {hint}choose from {', '.join(names)}")
+    if name not in objective_names():
+        return Split
+    try:
+        return get_objective(name)
+    except PluginError as error:
+        raise _error(spec, str(error)) from error
+
+
+def _build(spec: str, text: str, name: str, cls: Any, node: ast.Call | None) -> Objective:
+    parameters = inspect.signature(cls).parameters
+    takes = f"{name} takes {', '.join(parameters)}"
+    options: dict[str, Any] = {}
+    if node is not None and node.args:
+        shown = _source(text, node.args[0]).lstrip("*")
+        raise _error(spec, f"options go by name: write {next(iter(parameters), 'option')}={shown}; {takes}")
+    for keyword in node.keywords if node is not None else ():
+        if keyword.arg is None:
+            raise _error(spec, f"** is not allowed; {takes}")
+        if keyword.arg not in parameters:
+            raise _error(spec, f"unknown option {keyword.arg!r}: {takes}")
+        if keyword.arg in options:
+            raise _error(spec, f"option {keyword.arg!r} is given twice")
+        options[keyword.arg] = _value(spec, text, keyword.arg, keyword.value)
+    missing = [n for n, p in parameters.items() if p.default is p.empty and n not in options]
+    if missing:
+        raise _error(spec, f"{name} needs {' and '.join(missing)}; {takes}")
+    try:
+        return cls(**options)
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise _error(spec, f"{kind}{error}") from error
+
+
+def _source(text: str, node: ast.expr) -> str:
+    return _shorten(ast.get_source_segment(text.strip(), node) or "it")
+
+
+def _value(spec: str, text: str, option: str, node: ast.expr) -> Any:
+    sign: float = 1
+    inner = node
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+        sign, inner = (-1 if isinstance(node.op, ast.USub) else 1), node.operand
+    if isinstance(inner, ast.Constant):
+        value = inner.value
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return sign * value
+        if inner is node and (value is None or isinstance(value, bool | str)):
+            return value
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _names():
+        return _build(spec, text, node.func.id, _registered(spec, node.func.id), node)
+    shown = _source(text, node)
+    if isinstance(node, ast.Name):
+        python = {"true": "True", "false": "False", "none": "None", "null": "None"}.get(shown.lower())
+        nested = f" (or {option}={shown}() for the objective)" if shown in _names() else ""
+        raise _error(spec, f"{option}={shown} is not a literal: write {option}={python or repr(shown)}{nested}")
+    raise _error(spec, f"{option}={shown} is not a number, a string, True, False or None")
+
+
+# Writing.
+
+
+def _name_of(cls: type) -> str:
+    if cls is Split:
+        return "split"
+    for name in objective_names():
+        try:
+            if get_objective(name) is cls:
+                return name
+        except PluginError:  # a broken plugin is none of this objective's business
+            continue
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _is_default(field: Field, value: Any) -> bool:
+    if field.default_factory is not MISSING:
+        return bool(value == field.default_factory())
+    return field.default is not MISSING and bool(value == field.default)
+
+
+def _format_value(option: str, value: Any) -> str:
+    if isinstance(value, Objective):
+        spec = format_objective(value)
+        if ":" in spec.partition("(")[0]:
+            raise ValueError(f"{option}={value!r}: {type(value).__name__} is not registered, so it cannot be nested")
+        return spec if spec.endswith(")") else f"{spec}()"
+    if value is None or isinstance(value, bool | str):
+        return repr(value)
+    if isinstance(value, Integral):
+        return repr(int(value))
+    if isinstance(value, Real) and not math.isnan(value):
+        return repr(float(value)).replace("inf", "1e999")
+    raise ValueError(f"{option}={value!r} cannot be written as a number, a string, True, False or None")

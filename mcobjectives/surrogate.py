@@ -1,0 +1,151 @@
+"""The surrogate S of an estimator's weights (a, c, s): samples and log-densities in, differentiable terms out.
+
+One forward pass is enough although the weights depend on all log-weights: they are needed only in the backward pass,
+where `scale` reads them from a cell that is filled in between. Stopping q stops its *parameters* and never its inputs:
+`stopped` differentiates log q with respect to h alone, so that q(h2 | h1) still depends on h1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
+
+from mcobjectives.estimators import Weights
+from mcobjectives.model import Density, Latent, check_differentiable, log_weights
+from mcobjectives.replay import autocast_as_now, require_unchanged
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which terms an estimator's weights call for."""
+
+    plain: bool = False  # differentiate F itself
+    path: bool = False  # c is not zero: samples must be differentiable
+    score: bool = False  # s is not zero
+    ratio: bool = False  # c / a is bounded, so that one evaluation of log p serves theta (a) and h (c)
+
+
+PLAIN = Plan(plain=True, path=True)
+
+
+class Ratio:
+    """A cell for c / a, `(k, batch)`: filled after the forward pass, read in the backward pass."""
+
+    value: Tensor | None = None
+
+    def of(self, weights: Weights) -> None:
+        """Fill the cell; where a is zero so is c, wherever the ratio is used."""
+        a, c, _ = weights
+        self.value = None if c is None else torch.where(a == 0, 0.0, c / a).detach()
+
+
+class Terms(NamedTuple):
+    """The log-weights as numbers, and the differentiable terms that go with a, c and s, each `(k, batch)` or None."""
+
+    log_w: Tensor
+    a: Tensor
+    c: Tensor | None
+    s: Tensor | None
+
+    def weighted_sum(self, weights: Weights) -> Tensor:
+        """S for each data point, `(batch,)`, given detached weights."""
+        total = _weighted(weights.a, self.a)
+        for weight, term in ((weights.c, self.c), (weights.s, self.s)):
+            if term is not None and weight is not None:
+                total = total + _weighted(weight, term)
+        return total
+
+
+def _weighted(weight: Tensor, term: Tensor) -> Tensor:
+    weight = weight.detach()
+    # A sample of weight zero adds nothing, though its log p may be -inf.
+    return torch.where(weight == 0, 0.0, weight * term).sum(0)
+
+
+def plan_of(weights: Any, k: int) -> Plan:
+    """Find out by example, on log-weights from flat to extreme, what an estimator (log_w -> (a, c, s)) calls for."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.tensor([0.0, 0.1, 1.0, 10.0, 1000.0], dtype=torch.float64)
+    a, c, s = weights(torch.randn(k, 5, generator=generator, dtype=torch.float64) * spread)
+    if a is None:
+        raise ValueError("an estimator must weight log p(x, h): a is None")
+    ratio = c is not None and bool((a >= 0).all() and (c.abs() <= 100 * a).all())
+    return Plan(path=c is not None, score=s is not None, ratio=ratio)
+
+
+def terms(plan: Plan, log_p: Density, log_q: Density, h: Latent, k: int, tempering: float, ratio: Ratio) -> Terms:
+    """The terms of S at the samples h. `log_p` is tempered already; `tempering` multiplies log q."""
+
+    def tempered(q: Tensor) -> Tensor:
+        return q if tempering == 1.0 else tempering * q
+
+    if plan.plain:
+        q = log_q(h)
+        check_differentiable(h, q)
+        log_w = log_weights(log_p(h), tempered(q), k)
+        return Terms(log_w, log_w, None, None)
+
+    fixed = pytree.tree_map(torch.Tensor.detach, h)
+    q = log_q(fixed)
+    s_term = -q if plan.score else None
+    if plan.path:
+        check_differentiable(h, q)
+    if plan.path and plan.ratio:
+        scaled = scale(h, ratio)
+        p = log_p(scaled)
+        return Terms(
+            log_weights(p.detach(), tempered(q.detach()), k), p - tempered(stopped(log_q, scaled, q)), None, s_term
+        )
+    p = log_p(fixed)
+    path = stopped(log_p, h, p) - tempered(stopped(log_q, h, q)) if plan.path else None
+    return Terms(log_weights(p.detach(), tempered(q.detach()), k), p, path, s_term)
+
+
+def scale(h: Latent, ratio: Ratio) -> Latent:
+    """h, with the gradient that flows back through it multiplied by the ratio's value at that time."""
+    return pytree.tree_map(lambda part: _Scale.apply(part, ratio), h)
+
+
+class _Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, ratio: Ratio) -> Tensor:
+        ctx.ratio = ratio
+        return part.view_as(part)
+
+    @staticmethod
+    @once_differentiable  # a second derivative would be incomplete without a word
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        value = ctx.ratio.value
+        return grad * value.reshape(value.shape + (1,) * (grad.ndim - value.ndim)).to(grad.dtype), None
+
+
+def stopped(density: Density, h: Latent, value: Tensor) -> Tensor:
+    """density(h), whose value is known, differentiable with respect to h alone: its parameters are stopped."""
+    leaves, structure = pytree.tree_flatten(h)
+    return _Stopped.apply(density, structure, value.detach(), *leaves)
+
+
+class _Stopped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, density: Density, structure: Any, value: Tensor, *leaves: Tensor) -> Tensor:
+        ctx.density, ctx.structure = density, structure
+        ctx.autocast = autocast_as_now(value.device.type)
+        ctx.save_for_backward(value, *leaves)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable  # a second derivative would be incomplete without a word
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        first, *saved = ctx.saved_tensors
+        with torch.enable_grad():
+            leaves = [leaf.detach().requires_grad_() for leaf in saved]
+            with ctx.autocast():
+                value = ctx.density(pytree.tree_unflatten(leaves, ctx.structure))
+            require_unchanged(value, first, "a log-density")
+            grads = torch.autograd.grad(value, leaves, grad, allow_unused=True)
+        return None, None, None, *grads

@@ -1,0 +1,205 @@
+"""Whether an estimator's expected gradient is the gradient of the expected objective: exactly, at small k."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from mcobjectives import plugins
+from mcobjectives.objective import Objective
+from mcobjectives.testing.exact import NAMES, Discrete, Exact, Gaussian
+from mcobjectives.testing.report import Broken, Finding, Unchecked, find, verdict
+from mcobjectives.testing.sizes import first_possible
+
+OWN = "mcobjectives"
+_NEED_SMOOTH = ("stl", "dreg")
+_SIZES = (2, 3, 4)
+
+
+def own_names(group: str) -> list[str]:
+    """What the library itself registers in a group of entry points."""
+    return [n for n, points in plugins.registered(group).items() if OWN in {plugins.distribution(p) for p in points}]
+
+
+def check_estimator(name: str, *, unbiased: bool = True) -> list[Finding]:
+    """Check a registered gradient estimator on each of the library's objectives that it does not refuse.
+
+    Its weights must be `(k, batch)` and finite at extreme log-weights; its expected gradient is set against exact ones.
+    One finding an objective.
+
+    Args:
+        name: as registered in the entry-point group `mcobjectives.estimators`.
+        unbiased: False for an estimator whose phi gradient (the inference network's) is not the objective's: then only
+            theta's is required, and a phi gradient that is right for every objective is reported.
+
+    Raises:
+        ConformanceError: naming each objective, the numbers, and the usual cause.
+
+    Example:
+        >>> all(finding.passed is not False for finding in check_estimator("dreg"))
+        True
+    """
+    findings = [_weights_finding(name)]
+    if findings[0].passed:
+        biased = False
+        for key in own_names(plugins.OBJECTIVES):
+            objective = plugins.get_objective(key)()
+            findings.append(
+                find(key, _CAUSE_ESTIMATOR, lambda o=objective: _unbiased(o, name, phi=unbiased))  # type: ignore[misc]
+            )
+            biased = biased or (not unbiased and _is_biased(objective, name))
+        if not unbiased and not biased:
+            words = "unbiased=False is declared, yet phi's gradient is right for every objective. Drop the declaration"
+            findings.append(Finding("unbiased", False, words))
+    return verdict(f"estimator {name!r}", findings)
+
+
+def estimator_findings(objective: Objective) -> list[Finding]:
+    """One finding for each of the library's estimators, and for the objective's own if that is another's."""
+    if type(objective).weights is not Objective.weights:  # it is its own estimator, and phi may follow something else
+        own = f"estimator {objective.gradient}"
+        return [find(own, _CAUSE_OBJECTIVE, lambda: _unbiased(objective, objective.gradient, phi=False))]
+    findings = []
+    for name in sorted({*own_names(plugins.ESTIMATORS), objective.gradient}):
+        findings.append(
+            find(f"estimator {name}", _CAUSE_OBJECTIVE, lambda name=name: _valid(objective, name))  # type: ignore[misc]
+        )
+    return findings
+
+
+def _valid(objective: Objective, name: str) -> None:
+    if name in _NEED_SMOOTH and not objective.smooth:
+        generic = first_possible(objective, (5, 6, 7)) or objective
+        try:
+            _with(generic, name)
+        except ValueError:
+            return
+        raise Broken(f"smooth = False, yet gradient={name!r} is accepted")
+    if name == "stl":
+        _unbiased(objective, name, phi=_is_linear(objective))
+    elif name == "rws":
+        _unbiased(objective, name, phi=False)
+        small = _small(objective, name)
+        exact = Discrete(small.k)
+        _, gradient = exact.expected(small)
+        worst = float((gradient - exact.wake_phi(small))[exact.thetas :].abs().max())
+        if worst > 1e-6:
+            raise Broken(f"phi's expected gradient is off from E sum w~ grad log q by {worst:.4g}")
+    else:
+        _unbiased(objective, name, phi=True)
+
+
+def _unbiased(objective: Objective, name: str, *, phi: bool) -> None:
+    small = _small(objective, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for exact in _problems(small):
+            error = _error(exact, small, phi=phi)
+            if error is not None:
+                raise Broken(f"with k = {small.k} and gradient={name!r}, {error}")
+
+
+def _is_biased(objective: Objective, name: str) -> bool:
+    try:
+        _unbiased(objective, name, phi=True)
+    except Broken:
+        return True
+    except Unchecked:
+        pass
+    return False
+
+
+def _problems(objective: Objective) -> list[Exact]:
+    """Where this objective's estimator can be checked: pathwise ones need differentiable samples."""
+    needs_path = objective.weights(torch.zeros(objective.k, 1, dtype=torch.float64)).c is not None
+    if needs_path or objective.analytic_kl:
+        return [Gaussian(objective.k)]
+    # With kinks in F, quadrature over the density is too rough: differences of the sum take the pathwise route.
+    return [Discrete(objective.k), Gaussian(objective.k)] if objective.smooth else [Discrete(objective.k)]
+
+
+def _error(exact: Exact, objective: Objective, *, phi: bool) -> str | None:
+    """What is wrong with the expected value or gradient, if anything; without `phi`, of theta's alone."""
+    tolerance = 1e-5 if objective.smooth else 1e-3
+    value, gradient = exact.expected(objective)
+    true_value, true_gradient = exact.true(objective)
+    if abs(value - true_value) > 1e-6:
+        return f"the value of the loss is {value:.8g} in expectation, but E F = {true_value:.8g}"
+    last = None if phi else exact.thetas
+    off = (gradient - true_gradient)[:last].abs().nan_to_num(torch.inf)
+    at, worst = int(off.argmax()), float(off.max())
+    if worst <= tolerance:
+        return None
+    if isinstance(exact, Gaussian) and worst < torch.inf:
+        coarse = Gaussian(objective.k, fineness=0.7)
+        change = torch.stack([gradient - coarse.expected(objective)[1], true_gradient - coarse.true(objective)[1]])
+        if float(change[:, :last].abs().max()) > 0.1 * worst:
+            raise Unchecked("F bends too sharply for quadrature: the expected gradient is not known well enough")
+    return (
+        f"the expected gradient of {NAMES[exact.kind][at]} is {gradient[at]:.8g}, but that of E F is "
+        f"{true_gradient[at]:.8g} ({exact.kind} latent, {'quadrature' if exact.kind == 'gaussian' else 'enumeration'})"
+    )
+
+
+def _with(objective: Objective, name: str) -> Objective:
+    found = first_possible(objective, (objective.k,), gradient=name)
+    assert found is not None
+    return found
+
+
+def _small(objective: Objective, name: str) -> Objective:
+    """The objective with this estimator and few enough samples; with several groups, and so many that slopes jump."""
+    sizes = (4, 2, 3) if hasattr(objective, "k1") else _SIZES if objective.smooth else (3, 4, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = first_possible(objective, sizes, **_own_gradient(objective))
+        if plain is None:
+            raise Unchecked(f"the objective cannot be made with k = 2, 3 or 4, and k = {objective.k} is too large")
+        try:
+            return plain if plain.gradient == name else _with(plain, name)
+        except ValueError as refused:
+            raise Unchecked(f"refused: {' '.join(str(refused).split())}") from None
+
+
+def _own_gradient(objective: Objective) -> dict[str, str]:
+    own = type(objective).weights is not Objective.weights
+    return {} if own else {"gradient": "reparam"}
+
+
+def _is_linear(objective: Objective) -> bool:
+    small = _small(objective, "reparam")
+    log_w = torch.randn(small.k, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    log_w = log_w * torch.tensor([0.0, 1e-3, 1.0, 10.0], dtype=torch.float64).repeat(4)
+    g = small.slopes(log_w)
+    return bool((g - g[:, :1]).abs().max() < 1e-9)
+
+
+def _weights_finding(name: str) -> Finding:
+    def check() -> None:
+        objective = plugins.get_objective("iwae")(k=4, gradient=name)
+        for log_w in (torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), _extremes()):
+            for letter, weight in zip("acs", objective.weights(log_w), strict=True):
+                if weight is None:
+                    continue
+                if weight.shape != log_w.shape or weight.dtype != log_w.dtype:
+                    raise Broken(f"{letter} is {tuple(weight.shape)} {weight.dtype} for log-weights (4, 3) float32")
+                if not bool(torch.isfinite(weight).all()):
+                    raise Broken(f"{letter} is NaN or infinite for log-weights of +-1e4")
+
+    return find("weights", "weights a, c, s that are not (k, batch) or None, or exp of log-weights", check)
+
+
+def _extremes() -> Tensor:
+    return torch.tensor([[1e4, -1e4, 1e4], [1e4, -1e4, -1e4], [1e4, -1e4, 0.0], [1e4, 1e4, -1e4]])
+
+
+_CAUSE_OBJECTIVE = (
+    "an override (weights, slopes, tempering, surrogate, analytic_kl) that does not match reduce, or a "
+    "baseline that looks at its own sample"
+)
+_CAUSE_ESTIMATOR = (
+    "a baseline that depends on the sample it is subtracted from, a missing g in s (tempering * g - ...), "
+    "or slopes that jump and are not refused (require_smooth); if the bias is meant, check_estimator(unbiased=False)"
+)

@@ -1,0 +1,285 @@
+"""What an objective promises, one function a property: of F, `(k, batch) -> (batch,)`, and of its derivatives."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Set
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from mcobjectives import derivatives
+from mcobjectives.objective import Objective
+from mcobjectives.testing.report import Broken, Unchecked
+from mcobjectives.testing.sizes import first_possible, resized
+
+EXEMPTABLE = frozenset({"shift", "permutation", "one_sample", "bounds", "monotone"})
+"""The properties that an objective may do without, if it says so: `exempt = frozenset({"permutation"})`."""
+
+# Inputs.
+
+
+def log_weights(k: int, scales: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0), columns: int = 12) -> Tensor:
+    """Standard normal log-weights at several scales, `(k, columns * len(scales))`, the same at each call."""
+    generator = torch.Generator().manual_seed(k)
+    draw = torch.randn(k, columns * len(scales), generator=generator, dtype=torch.float64)
+    return draw * torch.tensor(scales, dtype=torch.float64).repeat_interleave(columns)
+
+
+def extremes(k: int) -> Tensor:
+    """Log-weights of +-1e4, `(k, 6)`: all high, all low, one high, one low, mixed, and one high amid ordinary ones."""
+    log_w = torch.full((k, 6), -1e4, dtype=torch.float64)
+    log_w[:, 0] = 1e4
+    log_w[0, 2] = 1e4
+    log_w[1:, 3] = 1e4
+    log_w[::2, 4] = 1e4
+    log_w[:, 5] = log_weights(k, (1.0,), 1)[:, 0]
+    log_w[-1, 5] = 1e4
+    return log_w
+
+
+def _same(found: Tensor, expected: Tensor, what: str, tolerance: float = 1e-9) -> None:
+    """Raise `Broken` with the worst pair, unless all are equal up to rounding at their size."""
+    if found.shape != expected.shape:
+        raise Broken(f"{what}: shape {tuple(found.shape)} instead of {tuple(expected.shape)}")
+    error = (found - expected).abs() / (1 + expected.abs())
+    if not bool((error <= tolerance).all()):  # also where it is NaN
+        at = int(error.nan_to_num(torch.inf).argmax())
+        raise Broken(f"{what}: got {found.flatten()[at]:.9g}, expected {expected.flatten()[at]:.9g}")
+
+
+# Form: without these nothing else can be asked.
+
+
+def declaration(objective: Objective) -> None:
+    declared: Set[str] = getattr(objective, "exempt", frozenset())
+    unknown = sorted(set(declared) - EXEMPTABLE)
+    if isinstance(declared, str) or unknown:
+        raise Broken(f"`exempt` declares {declared!r}")
+
+
+def frozen_dataclass(objective: Objective) -> None:
+    known = {f.name for f in dataclasses.fields(objective)}
+    lost = [n for n, kind in vars(type(objective)).get("__annotations__", {}).items() if "ClassVar" not in str(kind)]
+    lost = [name for name in lost if name not in known]
+    if lost:
+        raise Broken(f"{type(objective).__name__} declares {', '.join(lost)}, which its constructor does not know")
+    if dataclasses.replace(objective) != objective or hash(dataclasses.replace(objective)) != hash(objective):
+        raise Broken("a copy with the same arguments is not equal to it, or has another hash")
+
+
+def shape(objective: Objective) -> None:
+    for batch in (5, 1):
+        log_w = log_weights(objective.k, (1.0,), batch)
+        found = objective.reduce(log_w)
+        if not isinstance(found, Tensor) or found.shape != (batch,):
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise Broken(f"reduce of (k, batch) = ({objective.k}, {batch}) gives {got} instead of ({batch},)")
+
+
+# Purity: a pure function of each column.
+
+
+def pure(objective: Objective) -> None:
+    log_w = log_weights(objective.k)
+    before = log_w.clone()
+    first = objective.reduce(log_w)
+    if not torch.equal(log_w, before):
+        raise Broken(f"reduce changed its input, at {int((log_w != before).sum())} of {log_w.numel()} log-weights")
+    again = objective.reduce(log_w)
+    if not torch.equal(first, again):
+        raise Broken(f"reduce of the same log-weights gave {first[0]:.9g}, then {again[0]:.9g}")
+
+
+def columns(objective: Objective) -> None:
+    log_w = log_weights(objective.k)
+    whole = objective.reduce(log_w)
+    for j in range(0, log_w.shape[1], 7):
+        _same(objective.reduce(log_w[:, j : j + 1])[0], whole[j], f"data point {j} by itself and in its batch differ")
+
+
+# Promises about F.
+
+
+def shift(objective: Objective) -> None:
+    log_w = log_weights(objective.k)
+    t = log_weights(3, (30.0,), log_w.shape[1])[0]
+    _same(objective.reduce(log_w + t), objective.reduce(log_w) + t, "F(l + t) is not F(l) + t")
+
+
+def permutation(objective: Objective) -> None:
+    log_w = log_weights(objective.k)
+    expected = objective.reduce(log_w)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        order = torch.randperm(objective.k, generator=generator)
+        _same(objective.reduce(log_w[order]), expected, "F changes when the samples are shuffled")
+    _same(objective.reduce(log_w.flip(0)), expected, "F changes when the samples are taken in reverse")
+
+
+def one_sample(objective: Objective) -> None:
+    single = resized(objective, 1)
+    log_w = log_weights(1)
+    _same(single.reduce(log_w), log_w[0], "with k = 1, F is not the one log-weight")
+
+
+def bounds(objective: Objective) -> None:
+    log_w = log_weights(objective.k)
+    log_w = torch.cat([log_w, log_w[:1].expand_as(log_w)], 1)  # constant weights too
+    found = objective.reduce(log_w)
+    low, high = log_w.amin(0), log_w.amax(0)
+    slack = 1e-9 * (1 + log_w.abs().amax(0))
+    outside = torch.maximum(low - slack - found, found - high - slack)
+    if not bool((outside <= 0).all()):
+        at = int(outside.nan_to_num(torch.inf).argmax())
+        raise Broken(f"F = {found[at]:.9g} for log-weights between {low[at]:.9g} and {high[at]:.9g}")
+
+
+def monotone(objective: Objective) -> None:
+    log_w = log_weights(objective.k)
+    before = objective.reduce(log_w)
+    generator = torch.Generator().manual_seed(1)
+    for i in range(min(objective.k, 16)):
+        raised = log_w.clone()
+        raised[i] += 3 * torch.rand(log_w.shape[1], generator=generator, dtype=log_w.dtype)
+        change = objective.reduce(raised) - before
+        if not bool((change >= -1e-9 * (1 + before.abs())).all()):
+            at = int((-change).nan_to_num(torch.inf).argmax())
+            by = raised[i, at] - log_w[i, at]
+            raise Broken(f"raising log-weight {i} by {by:.4g} lowers F by {-change[at]:.4g}")
+
+
+def extreme(objective: Objective) -> None:
+    for dtype in (torch.float64, torch.float32):
+        log_w = extremes(objective.k).to(dtype)
+        kinds = {"F": objective.reduce, "slopes": objective.slopes}
+        small = first_possible(objective, (8, 7, 6)) or objective
+        if small.k <= 8:
+            kinds["curvatures"] = small.curvatures
+            kinds |= {"leave_one_out": small.leave_one_out} if small.k > 1 else {}
+        for name, function in kinds.items():
+            found = function(log_w if name in ("F", "slopes") else extremes(small.k).to(dtype))
+            bad = int((~torch.isfinite(found)).sum())
+            if bad:
+                raise Broken(f"{name} is NaN or infinite at {bad} of {found.numel()} places for log-weights of +-1e4")
+
+
+def dtype(objective: Objective) -> None:
+    for kind in (torch.float32, torch.float64):
+        log_w = log_weights(objective.k).to(kind)
+        for name, function in {"reduce": objective.reduce, "slopes": objective.slopes}.items():
+            if function(log_w).dtype != kind:
+                raise Broken(f"{name} of {kind} log-weights gives {function(log_w).dtype}")
+
+
+class _Factories(TorchFunctionMode):
+    """Notes the tensors, numbers apart, that are made without a device: they are on the CPU wherever log_w is."""
+
+    WATCHED = (
+        *(
+            torch.arange,
+            torch.as_tensor,
+            torch.empty,
+            torch.eye,
+            torch.full,
+            torch.linspace,
+            torch.logspace,
+            torch.ones,
+        ),
+        *(torch.rand, torch.randint, torch.randn, torch.randperm, torch.tensor, torch.zeros),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        from_tensor = func is torch.as_tensor and isinstance(args[0], Tensor)
+        if func in self.WATCHED and not from_tensor and (kwargs or {}).get("device") is None and result.ndim:
+            self.found.add(f"torch.{func.__name__}")
+        return result
+
+
+def device(objective: Objective) -> None:
+    log_w = log_weights(objective.k)
+    with _Factories() as made:
+        found = [objective.reduce(log_w), objective.slopes(log_w)]
+    if made.found:
+        raise Broken(f"{', '.join(sorted(made.found))} is called without device=log_w.device")
+    if torch.cuda.is_available():
+        found += [objective.reduce(log_w.cuda()), objective.slopes(log_w.cuda())]
+        if not all(part.is_cuda for part in found[2:]):
+            raise Broken(f"log-weights on the GPU give results on {found[2].device} and {found[3].device}")
+
+
+# Promises about its derivatives.
+
+
+def gradcheck(objective: Objective) -> None:
+    small = first_possible(objective, (8, 7, 6)) or objective
+    log_w = log_weights(small.k, (1.0,), 3).requires_grad_()
+    fast = small.k > 8
+    try:
+        torch.autograd.gradcheck(small.reduce, log_w, fast_mode=fast)
+        if objective.smooth:
+            torch.autograd.gradgradcheck(small.reduce, log_w, fast_mode=fast)
+    except RuntimeError as error:
+        first = " ".join(str(error).split())
+        raise Broken(f"autograd and finite differences of reduce disagree: {first[:300]}") from error
+
+
+def continuous(objective: Objective) -> None:
+    generic = first_possible(objective, (5, 6, 7)) or objective
+    jump = _largest_jump(lambda log_w: generic.reduce(log_w).unsqueeze(0), generic.k)
+    if jump > 1e-6:
+        raise Broken(f"F jumps by {jump:.4g} between neighbouring log-weights")
+
+
+def smooth(objective: Objective) -> None:
+    generic = first_possible(objective, (5, 6, 7)) or objective
+    jump = _largest_jump(generic.slopes, generic.k)
+    if objective.smooth and jump > 1e-6:
+        raise Broken(f"the slopes dF/dlog w jump by {jump:.4g} between neighbouring log-weights, but smooth is True")
+    if not objective.smooth and jump <= 1e-6:
+        raise Broken("smooth = False is declared, but no jump of the slopes dF/dlog w is found")
+
+
+def _largest_jump(function: Callable[[Tensor], Tensor], k: int) -> float:
+    """The largest change of a function `(k, n) -> (rows, n)` over steps of 1e-10 on straight walks, by zooming in."""
+    largest = 0.0
+    for seed in range(3):
+        start, end = 2 * torch.randn(2, k, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        low, width = torch.linspace(0, 1, 257, dtype=torch.float64)[:-1], 1 / 256
+        change = torch.zeros(1)
+        for _ in range(5):
+            t = low.unsqueeze(1) + width * torch.linspace(0, 1, 33, dtype=torch.float64)
+            values = function(start + (end - start) * t.reshape(1, -1)).detach()
+            change = values.reshape(-1, *t.shape).diff(dim=2).abs().amax(0).flatten()
+            change, where = change.topk(16)
+            low, width = t[:, :-1].flatten()[where], width / 32
+        largest = max(largest, float(change[0]))
+    return largest
+
+
+def slopes(objective: Objective) -> None:
+    _compare(objective, objective.slopes, derivatives.slopes, "slopes")
+
+
+def curvatures(objective: Objective) -> None:
+    small = first_possible(objective, (8, 7, 6)) or objective
+    _compare(small, small.curvatures, derivatives.curvatures, "curvatures")
+
+
+def leave_one_out(objective: Objective) -> None:
+    if objective.k < 2:
+        raise Unchecked("needs k of at least 2")
+    _compare(objective, objective.leave_one_out, derivatives.leave_one_out, "leave_one_out")
+
+
+def _compare(objective: Objective, own: Callable, automatic: Callable, what: str) -> None:
+    log_w = log_weights(objective.k, (0.1, 1.0, 10.0))
+    with torch.no_grad():
+        _same(own(log_w), automatic(objective.reduce, log_w), f"the override of {what} is not what reduce gives", 1e-8)

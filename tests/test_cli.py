@@ -1,0 +1,312 @@
+"""The commands as typed: in this process where that shows the same, in real ones where signals or imports count."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from mcobjectives import cli
+
+COMMANDS = ("reproduce", "train", "evaluate", "objectives", "data", "check")
+QUICK = ["--dataset", "digits", "--preset", "smoke", "--set", "passes=1", "--set", "nll_k=50", "--device", "cpu"]
+TABLE = ["reproduce", "--table", "1", *QUICK, "--set", "k=2"]
+MAIN = "import sys; from mcobjectives.cli import main; sys.argv[0] = 'mcobj'; main()"
+
+
+@pytest.fixture
+def mcobj(monkeypatch, capsys):
+    """Runs `mcobj` in this process: exit status, stdout, stderr."""
+    monkeypatch.delenv("MCOBJECTIVES_DATA", raising=False)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mcobj", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code or 0
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def start(*arguments, before="", **options):
+    """A real `mcobj` process; `before` is code that it runs first."""
+    command = [sys.executable, "-c", f"{before}\n{MAIN}", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+# Help.
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_help_of_every_command(mcobj, command):
+    status, out, err = mcobj(*command, "--help")
+    assert status == 0 and "Usage: mcobj" in out and not err
+
+
+def test_help_imports_nothing_heavy():
+    heavy = {"torch", "numpy", "sklearn", "torchvision", "matplotlib", "pyro"}
+    code = f"""
+import sys
+from mcobjectives.cli import main
+for command in {[[], *([name] for name in COMMANDS)]!r}:
+    sys.argv = ["mcobj", *command, "--help"]
+    try:
+        main()
+    except SystemExit:
+        pass
+print({heavy!r} & set(sys.modules), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "set()" and done.stdout.count("Usage:") == 7
+
+
+def test_the_version(mcobj):
+    assert mcobj("--version")[1].startswith("mcobjectives 0.")
+
+
+# Looking.
+
+
+def test_objectives_as_json(mcobj):
+    status, out, _ = mcobj("objectives", "--json")
+    found = {entry["name"]: entry for entry in json.loads(out)}
+    assert status == 0 and {"vae", "iwae", "power", "median", "l_alpha", "ciwae", "miwae"} <= found.keys()
+    assert found["power"]["parameters"] == "k=50, p=2.0" and found["power"]["package"] == "mcobjectives"
+    assert "dreg" in found["iwae"]["estimators"] and "dreg" not in found["median"]["estimators"]
+
+
+def test_data_as_json(mcobj, tmp_path):
+    status, out, _ = mcobj("data", "--json", "--data-dir", tmp_path)
+    found = {row["name"]: row for row in json.loads(out)}
+    assert status == 0 and found["digits"]["present"] and found["digits"]["train"] == 1500
+    assert not found["mnist"]["present"] and found["mnist"]["location"].startswith(str(tmp_path))
+
+
+@pytest.mark.parametrize("command", [["objectives"], ["data"]])
+@pytest.mark.parametrize("columns", ["80", "100"])
+def test_lists_fit_the_terminal(command, columns, tmp_path):
+    process = start(*command, env=os.environ | {"COLUMNS": columns, "MCOBJECTIVES_DATA": str(tmp_path)})
+    out, err = process.communicate()
+    assert process.returncode == 0 and not err
+    assert max(map(len, out.splitlines())) <= int(columns)
+
+
+OWN = """
+from dataclasses import dataclass
+from mcobjectives import Objective
+
+@dataclass(frozen=True)
+class {name}(Objective):
+    k: int = 8
+
+    def reduce(self, log_w):
+        return {formula}
+"""
+
+
+def test_check_of_ones_own_objective_in_the_current_folder(mcobj, tmp_path, monkeypatch):
+    (tmp_path / "good_one.py").write_text(OWN.format(name="Good", formula="log_w.mean(0)"))
+    (tmp_path / "bad_one.py").write_text(OWN.format(name="Bad", formula="log_w.sum(0)"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    status, out, _ = mcobj("check", "good_one:Good(k=4)")
+    assert status == 0 and "passes" in out and "k=4" in out
+    status, out, err = mcobj("check", "bad_one:Bad")
+    assert status == 1 and "shift" in err and "Traceback" not in err and not out
+
+
+# Training and evaluating.
+
+
+def test_train_and_evaluate_agree(mcobj, tmp_path):
+    status, out, _ = mcobj("train", "--objective", "power(k=3, p=2)", *QUICK, "--out", tmp_path, "--json")
+    trained = json.loads(out)
+    assert status == 0 and trained["config"]["objective"].startswith("power(k=3, p=2")
+    [checkpoint] = tmp_path.glob("*.pt")
+    status, out, _ = mcobj("evaluate", checkpoint, "--k", 50, "--json", "--device", "cpu")
+    assert status == 0 and json.loads(out)["metrics"] == trained["metrics"]
+    assert (
+        mcobj("train", "--objective", "power(k=3, p=2)", *QUICK, "--out", tmp_path, "--json")[1]
+        == json.dumps(trained, indent=1) + "\n"
+    )
+    status, out, err = mcobj("evaluate", checkpoint, "--k", 5, "--images", 20)
+    assert status == 0 and re.search(r"points +20 *\n", out) and "not trained" not in err
+
+
+def test_evaluate_refuses_what_is_no_checkpoint_or_of_other_data(mcobj, tmp_path):
+    foreign = tmp_path / "foreign.pt"
+    foreign.write_bytes(b"nothing")
+    refused(mcobj("evaluate", foreign), "not a readable checkpoint")
+    config = {"dataset": "digits", "data_sha256": "other"}
+    torch.save({"format": 1, "config": json.dumps(config), "position": {"epoch": 1}}, foreign)
+    refused(mcobj("evaluate", foreign), "lacks or mismatches")
+    mcobj("train", *QUICK, "--objective", "vae", "--out", tmp_path / "run")
+    [checkpoint] = (tmp_path / "run").glob("*.pt")
+    state = torch.load(checkpoint, weights_only=True)
+    changed = json.dumps(json.loads(state["config"]) | {"data_sha256": "other"})
+    torch.save(state | {"config": changed}, checkpoint)
+    refused(mcobj("evaluate", checkpoint), "trained on other data")
+
+
+def test_how_steps_are_executed_is_told_on_stderr(mcobj, tmp_path, monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    status, out, err = mcobj("train", *QUICK, "--engine", "compiled", "--out", tmp_path, "--json")
+    assert status == 0 and "eager steps: no working compiler" in err and json.loads(out)["engine"] == "eager"
+
+
+def test_reproduce_is_complete_finite_and_rendered_from_its_files(mcobj, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = mcobj(*TABLE, "--json")
+    table = json.loads(out)
+    assert status == 0 and len(table["rows"]) == 12 and len(table["findings"]) == 9
+    assert table["title"] == "Table 1: Fixed-binarisation MNIST, run on digits"
+    for row in table["rows"]:
+        [ours] = row["ours"]
+        assert (
+            all(math.isfinite(ours[key]) for key in ("nll", "kl_posterior"))
+            and len(ours["active_units"]) == row["layers"]
+        )
+        assert row["difference"] is None and row["paper"]["nll"] > 80
+    assert len(list((tmp_path / "runs" / "smoke").glob("*.json"))) == 6  # cells that are equal are one file
+    assert mcobj(*TABLE, "--no-run", "--json")[1] == out
+    markdown = mcobj(*TABLE, "--no-run", "--markdown")[1]
+    assert markdown.startswith("**Table 1: ") and sum(line.startswith("|") for line in markdown.splitlines()) == 14
+    refused(mcobj(*TABLE, "--set", "batch_size=50"), "recorded with other settings (preset)")
+    for file in (tmp_path / "runs" / "smoke").glob("*2L-iwae*.json"):
+        file.unlink()
+    assert mcobj(*TABLE, "--no-run")[1].count("not run") >= 2
+
+
+def test_an_empty_folder_renders_a_table_of_cells_not_run(mcobj, tmp_path):
+    for form in ([], ["--markdown"]):
+        status, out, err = mcobj("reproduce", "--table", "1", "--no-run", "--out", tmp_path / "none", *form)
+        assert status == 0 and out.count("not run") >= 12 and not err
+    status, out, _ = mcobj("reproduce", "--table", "all", "--no-run", "--out", tmp_path / "none", "--json")
+    assert status == 0 and len(json.loads(out)) == 10
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_a_table_fits_the_terminal(columns, tmp_path):
+    command = ["reproduce", "--table", "1", "--no-run", "--out", tmp_path]
+    out, _ = start(*command, env=os.environ | {"COLUMNS": str(columns)}).communicate()
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert sum(bool(re.match(r" [12] +(vae|iwae) +(1|5|50) +not run", line)) for line in lines) == 12
+
+
+# What is refused.
+
+
+def refused(done, *parts):
+    status, out, err = done
+    assert status in (1, 2) and "Traceback" not in err and not out
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1 or status == 2  # a wrong use is a small box
+    assert all(part in err for part in parts), err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["reproduce", "--table", "11"], "unknown table '11'"),
+        (["reproduce", "--table", "1", "--layers", "3", "--dataset", "digits"], "no rows of 3 layers"),
+        (["reproduce", "--table", "1", "--dataset", "digit"], "did you mean 'digits'?"),
+        (["reproduce", "--table", "1", "--dataset", "digits", "--preset", "quick"], "unknown preset 'quick'"),
+        (["reproduce", "--table", "1", "--dataset", "digits", "--binarisation", "fixed"], "binarisation 'fixed' needs"),
+        (["reproduce", "--table", "1", "--data-dir", "none"], "--download"),
+        (["reproduce", "--table", "1", "--dataset", "digits", "--seeds", "0"], "--seeds"),
+        (["reproduce"], "--table"),
+        (["train", "--objective", "iwa"], "did you mean 'iwae'?"),
+        (["train", "--objective", "iwae(k=0)"], "k must be an integer of at least 1"),
+        (["train", "--objective", "__import__('os')"], "objective"),
+        (["train", "--layers", "3"], "layers must be one of 1, 2"),
+        (["train", "--device", "tpu9"], "device 'tpu9' cannot be used"),
+        (["train", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+        (["train", "--engine", "fast"], "unknown engine 'fast'"),
+        (["train", "--precision", "half"], "unknown precision 'half'"),
+        (["train", "--set", "lr=1"], "cannot set 'lr=1'"),
+        (["train", "--set", "passes=none"], "passes must be an integer"),
+        (["train", "--binarisation", "twice"], "unknown binarisation 'twice'"),
+        (["train", "--seed", "-1"], "seed"),
+        (["evaluate", "missing.pt"], "missing.pt"),
+        (["check", "no.such.module:Thing"], "cannot import no.such.module"),
+        (["check", "iwa"], "did you mean 'iwae'?"),
+        (["trian"], "trian"),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_line_before_any_training(mcobj, tmp_path, monkeypatch, arguments, part):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    status, out, err = mcobj(*arguments)
+    err = "\n".join(line for line in err.splitlines() if " to run with preset " not in line and "cells" not in line)
+    refused((status, out, err), part)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_folder_that_is_a_file(mcobj, tmp_path):
+    (tmp_path / "out").write_text("")
+    status, out, err = mcobj("train", *QUICK, "--out", tmp_path / "out")
+    assert status == 1 and "choose another folder with --out" in err.splitlines()[-1] + err and not out
+
+
+# Stopped.
+
+SLOW = "import mcobjectives_examples.training as t; t.SECONDS_BETWEEN_CHECKPOINTS = -1.0"
+
+
+def wait_for(process, path, writes=2):
+    """Until a file was written so many times."""
+    inode = None
+    while writes and process.poll() is None:
+        with contextlib.suppress(FileNotFoundError):
+            if (now := path.stat().st_ino) != inode:
+                inode, writes = now, writes - 1
+        time.sleep(0.001)
+
+
+@pytest.mark.slow
+def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(tmp_path):
+    command = ["train", "--objective", "iwae(k=5)", *QUICK, "--set", "passes=8", "--engine", "eager", "--json"]
+    checkpoint = tmp_path / "out" / "digits-once-1L-iwae-k-5-seed0.pt"
+    stopped = start(*command, "--out", tmp_path / "out", before=SLOW)
+    wait_for(stopped, checkpoint)
+    stopped.send_signal(signal.SIGINT)
+    out, err = stopped.communicate()
+    assert stopped.returncode == 130 and not out and "Traceback" not in err
+    assert "the same command goes on from there" in " ".join(err.split())
+    position = torch.load(checkpoint, weights_only=True)["position"]
+    assert 0 < position["epoch"] + position["step"] < 8
+    results = []
+    for folder in ("out", "whole"):
+        process = start(*command, "--out", tmp_path / folder)
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        results.append(json.loads(out))
+    assert results[0]["metrics"] == results[1]["metrics"]
+    assert results[0]["learning_curve"] == results[1]["learning_curve"]
+
+
+@pytest.mark.slow
+def test_a_table_killed_and_restarted_is_the_same(mcobj, tmp_path):
+    killed = start(*TABLE, "--out", tmp_path / "killed", before=SLOW)
+    wait_for(killed, tmp_path / "killed" / "digits-once-2L-vae-k-1-seed0.pt", writes=1)
+    killed.kill()
+    assert killed.communicate() and killed.returncode == -signal.SIGKILL
+    assert 3 <= len(list((tmp_path / "killed").glob("*.json"))) < 6
+    tables = [json.loads(mcobj(*TABLE, "--out", tmp_path / name, "--json")[1]) for name in ("killed", "whole")]
+    assert tables[0] == tables[1]

@@ -1,0 +1,383 @@
+"""Gradient estimators against exact gradients: sums over all samples, no Monte Carlo tolerance."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from toys import (
+    F64,
+    Curved,
+    Discrete,
+    Gaussian1D,
+    Jackknife,
+    LinearGaussian,
+    Mixed,
+    assert_same,
+    exact_gradient,
+    expected_gradient,
+    gaussian_grid,
+    gradients,
+    loss_gradient,
+    registered,
+)
+
+from mcobjectives import CIWAE, IWAE, MIWAE, VAE, LAlpha, Median, Objective, Power, Split, estimator_names, estimators
+
+BUILT_IN = ["dreg", "reparam", "rws", "score", "stl", "vimco"]
+SCORE_FAMILY, PATHWISE = ["score", "vimco"], ["reparam", "dreg"]
+NEED_SMOOTH = ["stl", "dreg"]
+
+warnings.filterwarnings("ignore", "gradient='stl' is biased")
+pytestmark = pytest.mark.filterwarnings("ignore:gradient='stl' is biased")
+
+
+def test_the_registry_has_all_six():
+    assert set(BUILT_IN) <= set(estimator_names())
+
+
+def smooth(objectives: list[Objective]) -> list[Objective]:
+    return [o for o in objectives if o.smooth]
+
+
+# Unbiased: the expectation is the exact gradient, theta and phi alike.
+
+THREE = [*registered(3), Curved(k=3), Jackknife(k=3), IWAE(k=3, kl_weight=0.6), Power(k=3, p=2.0, kl_weight=1.4)]
+FOUR = [MIWAE(k1=2, k2=2), MIWAE(k1=4, k2=1), MIWAE(k1=1, k2=4), Median(k=4)]
+TWO = [
+    *smooth(registered(2)),
+    *(Curved(k=2), Jackknife(k=2)),
+    *(IWAE(k=2, kl_weight=0.6), VAE(k=2, kl_weight=0.0), LAlpha(k=2, alpha=0.5, kl_weight=0.5)),
+    *(Power(k=2, p=2.0, kl_weight=1.4), CIWAE(k=2, beta=0.25, kl_weight=0.3), Curved(k=2, kl_weight=0.5)),
+]
+
+
+@pytest.mark.parametrize("gradient", SCORE_FAMILY)
+@pytest.mark.parametrize("objective", THREE + FOUR, ids=repr)
+def test_score_family_is_exact_over_an_enumerated_categorical_latent(objective, gradient):
+    model = Discrete()
+    x, probability = model.enumerate(objective.k)
+    assert probability.sum().item() == pytest.approx(1)
+    found = expected_gradient(replace(objective, gradient=gradient), model, x, probability)
+    assert_same(found, exact_gradient(objective, model, x, probability), 1e-12)
+
+
+@pytest.mark.parametrize("gradient", PATHWISE)
+@pytest.mark.parametrize("objective", TWO, ids=repr)
+def test_pathwise_family_is_exact_over_a_gaussian_latent(objective, gradient):
+    model, grid = Gaussian1D(), gaussian_grid(2, 1, 110)
+    x = model.on(grid)
+    found = expected_gradient(replace(objective, gradient=gradient), model, x, grid.weight)
+    assert_same(found, exact_gradient(objective, model, x, grid.weight))
+
+
+@pytest.mark.parametrize("gradient", SCORE_FAMILY)
+@pytest.mark.parametrize("objective", TWO, ids=repr)
+def test_score_family_is_exact_over_a_gaussian_latent(objective, gradient):
+    model, grid = Gaussian1D(), gaussian_grid(2, 1, 110)
+    x = model.on(grid)
+    found = expected_gradient(replace(objective, gradient=gradient), model, x, grid.weight)
+    assert_same(found, exact_gradient(objective, model, x, grid.weight))
+
+
+@pytest.mark.parametrize("gradient", SCORE_FAMILY)
+@pytest.mark.parametrize("objective", [IWAE(k=2), Power(k=2, p=0.5), LAlpha(k=2, alpha=0.5)], ids=repr)
+def test_score_family_is_exact_over_a_mixed_latent(objective, gradient):
+    model = Mixed()
+    x, weight = model.on(gaussian_grid(2, 1, 60))
+    found = expected_gradient(replace(objective, gradient=gradient), model, x, weight)
+    assert_same(found, exact_gradient(objective, model, x, weight))
+
+
+@pytest.mark.parametrize("objective", [VAE(k=2), LAlpha(k=2, alpha=0.5), MIWAE(1, 2), CIWAE(k=2, beta=1.0)], ids=repr)
+def test_stl_is_unbiased_where_f_is_linear(objective):
+    model, grid = Gaussian1D(), gaussian_grid(2, 1, 100)
+    x = model.on(grid)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sticking = replace(objective, gradient="stl")
+    assert_same(
+        expected_gradient(sticking, model, x, grid.weight), exact_gradient(objective, model, x, grid.weight), 1e-9
+    )
+
+
+def test_stl_on_iwae_is_biased_in_phi_and_right_in_theta():
+    model, grid = Gaussian1D(), gaussian_grid(2, 1, 100)
+    x = model.on(grid)
+    found = expected_gradient(IWAE(k=2, gradient="stl"), model, x, grid.weight)
+    exact = exact_gradient(IWAE(k=2), model, x, grid.weight)
+    for name in ("w", "u"):
+        torch.testing.assert_close(found[name], exact[name])
+    for name in ("q_m", "q_n", "q_r"):
+        assert abs(found[name] - exact[name]) > 0.02
+
+
+def test_stl_warns_of_its_bias_once(monkeypatch):
+    monkeypatch.setattr(estimators, "_warned", set())
+    with pytest.warns(UserWarning, match=r"biased for IWAE.*use gradient='dreg'"):
+        IWAE(k=5, gradient="stl")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        IWAE(k=5, gradient="stl"), IWAE(k=7, gradient="stl"), IWAE(k=1, gradient="stl"), VAE(k=5, gradient="stl")
+
+
+@pytest.mark.parametrize("objective", [IWAE(k=3), Power(k=3, p=2.0), VAE(k=3), IWAE(k=3, kl_weight=0.5)], ids=repr)
+def test_rws_follows_the_objective_in_theta_and_the_wake_phase_in_phi(objective):
+    model = Discrete()
+    x, probability = model.enumerate(3)
+    found = expected_gradient(replace(objective, gradient="rws"), model, x, probability)
+    theta = exact_gradient(objective, model, x, probability)
+    h, t = model.nodes, objective.tempering
+    log_q = model.posterior(x).log_prob(h)
+    log_w = (model.log_likelihood(x, h) + t * (model.log_prior(h) - log_q)).detach()
+    wake = gradients(model, (probability * (log_w.softmax(0) * log_q).sum(0)).sum())
+    for name in ("prior_logits", "mean"):
+        torch.testing.assert_close(found[name], theta[name], rtol=0, atol=1e-12)
+    for name in ("q_logits", "q_slope"):
+        torch.testing.assert_close(found[name], wake[name], rtol=0, atol=1e-12)
+        assert (found[name] - theta[name]).abs().max() > 1e-3  # it is not the objective's gradient
+
+
+# The weights as the literature has them.
+
+
+def test_closed_weights_of_the_literature():
+    log_w = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+    w = log_w.softmax(0)
+
+    def check(objective, a, c, s):
+        for found, expected in zip(objective.weights(log_w), (a, c, s), strict=True):
+            if expected is None:
+                assert found is None
+            else:
+                torch.testing.assert_close(found, expected)
+                assert not found.requires_grad
+
+    f = IWAE(k=5).reduce(log_w)
+    check(IWAE(k=5), w, w, w)
+    check(IWAE(k=5, gradient="stl"), w, w, None)
+    check(IWAE(k=5, gradient="dreg"), w, w**2, None)
+    check(IWAE(k=5, gradient="score"), w, None, w - f)
+    check(IWAE(k=5, gradient="rws"), w, None, -w)
+    wp = (0.3 * log_w).softmax(0)
+    check(Power(k=5, p=0.3, gradient="dreg"), wp, 0.7 * wp + 0.3 * wp**2, None)
+    check(CIWAE(k=5, beta=0.25, gradient="dreg"), 0.05 + 0.75 * w, 0.05 + 0.75 * w**2, None)
+    check(IWAE(k=5, gradient="dreg", kl_weight=0.4), w, w - 0.4 * w * (1 - w), None)
+    check(IWAE(k=5, gradient="score", kl_weight=0.4), w, None, 0.4 * w - f)
+    fifth = torch.full_like(log_w, 0.2)
+    check(LAlpha(k=5, alpha=0.3), fifth, fifth, 0.3 * fifth)
+    check(LAlpha(k=5, alpha=0.3, gradient="dreg"), fifth, fifth, None)
+
+
+def test_vimcos_baseline_is_independent_of_its_own_sample():
+    log_w = torch.randn(4, 1, generator=torch.Generator().manual_seed(0), dtype=F64)
+    for objective in registered(4):
+        own = objective.leave_one_out(log_w)
+        for i in range(4):
+            moved = log_w.clone()
+            moved[i] += 3.0
+            torch.testing.assert_close(objective.leave_one_out(moved)[i], own[i], rtol=0, atol=1e-12)
+
+
+# The value.
+
+PAIRS = [
+    (o, g)
+    for o in [*registered(6), Curved(k=6), Jackknife(k=6)]
+    for g in BUILT_IN
+    if o.smooth or g not in ("stl", "dreg")
+]
+
+
+@pytest.mark.parametrize(("objective", "gradient"), PAIRS, ids=str)
+def test_the_loss_is_the_true_bound_whatever_the_estimator(objective, gradient):
+    model = LinearGaussian().off_posterior()
+    x = model.data()
+    expected, _ = loss_gradient(objective, model, x)
+    chosen = replace(objective, gradient=gradient)
+    value, _ = loss_gradient(chosen, model, x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(value, -chosen.bound(model, x).mean(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(value, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("objective", "gradient"), PAIRS, ids=str)
+def test_every_estimator_has_the_same_theta_gradient_for_a_seed(objective, gradient):
+    model = LinearGaussian().off_posterior()
+    x = model.data()
+    _, expected = loss_gradient(objective, model, x)
+    _, found = loss_gradient(replace(objective, gradient=gradient), model, x)
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-12)
+
+
+# Variance.
+
+
+@pytest.mark.parametrize("gradient", ["stl", "dreg"])
+@pytest.mark.parametrize("objective", smooth(registered(6)), ids=repr)
+def test_at_the_posterior_the_phi_gradient_vanishes(objective, gradient):
+    if isinstance(objective, LAlpha):
+        pytest.skip("the posterior is not the optimum of L_alpha")
+    model = LinearGaussian()
+    _, found = loss_gradient(replace(objective, gradient=gradient), model, model.data())
+    _, plain = loss_gradient(objective, model, model.data())
+    for name in ("q_gain", "q_offset", "q_scale"):
+        assert found[name].abs().max() < 1e-12
+        assert plain[name].abs().max() > 1e-3
+
+
+class OwnOffset(LinearGaussian):
+    """Near the posterior, with an offset of q for each data point: one backward pass gives every point's gradient."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.own = torch.nn.Parameter(torch.full((batch, 2), 0.02, dtype=F64))
+
+    def posterior(self, x):
+        loc = x @ self.q_gain.T + self.q_offset + self.own
+        return torch.distributions.MultivariateNormal(loc, scale_tril=self.q_scale)
+
+
+def test_dreg_has_a_tenth_of_reparams_variance_near_the_posterior():
+    model = OwnOffset(2000)
+    x = model.data(1).expand(2000, -1)
+    variance = {}
+    for gradient in PATHWISE:
+        _, found = loss_gradient(IWAE(k=64, gradient=gradient), model, x)
+        variance[gradient] = found["own"].var(0)
+    assert (10 * variance["dreg"] < variance["reparam"]).all()
+
+
+def test_vimco_has_less_variance_than_score():
+    model = OwnOffset(2000)
+    x = model.data(1).expand(2000, -1)
+    variance = {g: loss_gradient(IWAE(k=8, gradient=g), model, x)[1]["own"].var(0) for g in SCORE_FAMILY}
+    assert (10 * variance["vimco"] < variance["score"]).all()
+
+
+# Different objectives for theta and phi; slopes of mixed sign.
+
+
+def test_piwae_trains_theta_by_iwae_and_phi_by_miwae_on_the_same_samples():
+    model = LinearGaussian().off_posterior()
+    x = model.data()
+    value, found = loss_gradient(Split(generative=IWAE(k=6), inference=MIWAE(2, 3)), model, x)
+    iwae_value, iwae = loss_gradient(IWAE(k=6), model, x)
+    _, miwae = loss_gradient(MIWAE(2, 3), model, x)
+    torch.testing.assert_close(value, iwae_value, rtol=0, atol=1e-12)
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(found[name], iwae[name], rtol=0, atol=1e-12)
+        assert (iwae[name] - miwae[name]).abs().max() > 1e-3
+    for name in ("q_gain", "q_offset", "q_scale"):
+        torch.testing.assert_close(found[name], miwae[name], rtol=0, atol=1e-12)
+        assert (iwae[name] - miwae[name]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("inference", "model", "weights"),
+    [
+        (MIWAE(1, 2, gradient="dreg"), Gaussian1D, None),
+        (IWAE(k=2, gradient="dreg"), Gaussian1D, None),
+        (Power(k=2, p=2.0, gradient="vimco"), Gaussian1D, None),
+        (MIWAE(1, 2, gradient="score"), Gaussian1D, None),
+    ],
+    ids=repr,
+)
+def test_each_part_of_a_split_follows_its_own_objective(inference, model, weights):
+    model, grid = model(), gaussian_grid(2, 1, 120)
+    x = model.on(grid)
+    found = expected_gradient(Split(generative=IWAE(k=2), inference=inference), model, x, grid.weight)
+    theta = exact_gradient(IWAE(k=2), model, x, grid.weight)
+    phi = exact_gradient(inference, model, x, grid.weight)
+    for name in found:
+        torch.testing.assert_close(found[name], (phi if name.startswith("q_") else theta)[name], rtol=0, atol=1e-8)
+
+
+def test_a_split_survives_samples_that_only_one_part_weights():
+    """c / a would overflow: IWAE gives weight exp(-1000) to a sample that MIWAE's second group lives on."""
+
+    class Apart(Gaussian1D):
+        def log_likelihood(self, x, h):
+            return super().log_likelihood(x, h) - 1000 * (torch.arange(4, dtype=F64) >= 2).unsqueeze(1)
+
+    model = Apart()
+    x = torch.full((1,), 0.9, dtype=F64)
+    _, found = loss_gradient(Split(generative=IWAE(k=4), inference=MIWAE(2, 2)), model, x)
+    _, miwae = loss_gradient(MIWAE(2, 2), model, x)
+    for name in ("q_m", "q_n", "q_r"):
+        torch.testing.assert_close(found[name], miwae[name], rtol=0, atol=1e-12)
+
+
+def test_slopes_of_mixed_sign_take_two_evaluations_and_positive_ones_one():
+    assert not Jackknife(k=2, gradient="dreg")._plan.ratio
+    assert not Split(generative=IWAE(k=4), inference=MIWAE(2, 2))._plan.ratio
+    for objective in (IWAE(k=4), Power(k=4, p=2.0), CIWAE(k=4), MIWAE(2, 2), LAlpha(k=4), VAE(k=4)):
+        assert replace(objective, gradient="dreg")._plan.ratio
+
+
+class Counting(LinearGaussian):
+    """Counts evaluations of the model's parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.off_posterior()
+        self.encoded, self.decoded = [], 0
+
+    def posterior(self, x):
+        self.encoded.append(len(x))
+        return super().posterior(x)
+
+    def log_likelihood(self, x, h):
+        self.decoded += 1
+        return super().log_likelihood(x, h)
+
+
+@pytest.mark.parametrize("gradient", BUILT_IN)
+def test_one_evaluation_of_encoder_and_decoder_serves_theta_and_phi(gradient):
+    model = Counting()
+    IWAE(k=6, gradient=gradient)(model, model.data()).backward()
+    assert model.encoded == [4] and model.decoded == 1
+
+
+# Zero weights, user functions.
+
+
+@pytest.mark.parametrize("gradient", ["dreg", "reparam", "score", "vimco", "rws"])
+def test_samples_of_weight_zero_add_nothing(gradient):
+    class Bounded(LinearGaussian):
+        def log_prior(self, h):
+            outside = torch.zeros(6, 1, dtype=F64)
+            outside[[1, 4]] = -torch.inf
+            return super().log_prior(h) + outside
+
+    model = Bounded().off_posterior()
+    loss, found = loss_gradient(IWAE(k=6, gradient=gradient), model, model.data())
+    assert torch.isfinite(loss) and all(torch.isfinite(g).all() for g in found.values())
+
+
+@pytest.mark.parametrize("objective", [IWAE(k=2), Power(k=2, p=0.5), MIWAE(2, 1), Curved(k=2)], ids=repr)
+def test_vimcos_baseline_stays_finite_where_the_other_weight_is_zero(objective):
+    for w in replace(objective, gradient="vimco").weights(torch.tensor([[0.3], [-torch.inf]], dtype=F64)):
+        assert w is None or torch.isfinite(w).all()
+
+
+def test_an_estimator_must_weight_the_joint(monkeypatch):
+    class NoTheta(IWAE):
+        def weights(self, log_w):
+            return None, log_w, None
+
+    with pytest.raises(ValueError, match="a is None"):
+        NoTheta(k=3)
+
+
+@pytest.mark.parametrize("options", [{"gradient": "dreg"}, {"gradient": "stl"}, {"chunk_size": 2}])
+def test_a_second_derivative_that_would_be_incomplete_raises(options):
+    model = LinearGaussian().off_posterior()
+    loss = VAE(k=4, **options)(model, model.data())
+    parameters = list(model.parameters())
+    first = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        sum((g**2).sum() for g in first if g is not None).backward()

@@ -1,0 +1,440 @@
+"""Streamed evaluation against closed forms and against all samples at once; k-hat against arviz; active units."""
+
+import json
+import math
+
+import pytest
+import torch
+from arviz_stats.base import array_stats
+from torch import Tensor
+from torch.distributions import (
+    AffineTransform,
+    Bernoulli,
+    Independent,
+    MultivariateNormal,
+    Normal,
+    TransformedDistribution,
+    kl_divergence,
+)
+
+from mcobjectives import IWAE, ModelError, evaluation
+from mcobjectives.evaluation import (
+    active_units,
+    evaluate,
+    layer_activity,
+    mean_covariance,
+    pareto_khat,
+    pca_active_units,
+    posterior_means,
+    tail_length,
+)
+from mcobjectives.model import Samples
+from mcobjectives.reductions import effective_sample_size, log_mean_exp
+
+F64 = torch.float64
+CHUNKS = (1, 7, 49, 50, 51, 99, 100, 130, 999, 1234, 5000)
+PER_POINT = ("log_likelihood", "elbo", "ess", "khat", "log_p_x_given_h")
+
+
+class LinearGaussian:
+    """h ~ N(0, I), x | h ~ N(W h + b, s^2 I); q is the posterior, its mean shifted and its scale stretched."""
+
+    def __init__(self, shift: float = 0.0, stretch: float = 1.0, latent: int = 2, pixels: int = 3) -> None:
+        g = torch.Generator().manual_seed(3)
+        self.w = torch.randn(pixels, latent, generator=g, dtype=F64)
+        self.b, self.s = torch.randn(pixels, generator=g, dtype=F64), 0.7
+        self.shift, self.stretch = shift, stretch
+        self.calls, self.rows = 0, []
+
+    def exact(self, x: Tensor) -> MultivariateNormal:
+        covariance = torch.linalg.inv(torch.eye(self.w.shape[1], dtype=F64) + self.w.T @ self.w / self.s**2)
+        return MultivariateNormal((x - self.b) @ self.w @ covariance / self.s**2, covariance)
+
+    def log_marginal(self, x: Tensor) -> Tensor:
+        covariance = self.w @ self.w.T + self.s**2 * torch.eye(len(self.b), dtype=F64)
+        return MultivariateNormal(self.b, covariance).log_prob(x)
+
+    def posterior(self, x: Tensor) -> MultivariateNormal:
+        self.calls += 1
+        exact = self.exact(x)
+        return MultivariateNormal(exact.mean + self.shift, exact.covariance_matrix * self.stretch**2)
+
+    def log_likelihood(self, x: Tensor, h: Tensor) -> Tensor:
+        self.rows.append(tuple(h.shape[:2]))
+        return Normal(h @ self.w.T + self.b, self.s).log_prob(x).sum(-1)
+
+    def log_prior(self, h: Tensor) -> Tensor:
+        return Normal(0.0, 1.0).log_prob(h).sum(-1)
+
+
+class Listed:
+    """Log-weights as given, `(k, batch)`: a data point is its column."""
+
+    def __init__(self, log_w: Tensor) -> None:
+        self.log_w = log_w
+
+    def posterior(self, x: Tensor) -> "Listed":
+        self.columns, self.drawn = x, 0
+        return self
+
+    def sample(self, shape: torch.Size) -> Tensor:
+        self.drawn += shape[0]
+        return self.log_w[self.drawn - shape[0] : self.drawn, self.columns]
+
+    def log_prob(self, h: Tensor) -> Tensor:
+        return torch.zeros_like(h)
+
+    def log_joint(self, x: Tensor, h: Tensor) -> Tensor:
+        return h
+
+
+def of_weights(log_w: Tensor, **options: int) -> evaluation.Evaluation:
+    return evaluate(Listed(log_w), torch.arange(log_w.shape[1]), k=len(log_w), **options)
+
+
+def data(n: int = 11) -> Tensor:
+    return 2 * torch.randn(n, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+
+
+def arviz_khat(log_w: Tensor) -> Tensor:
+    return torch.tensor([float(array_stats.psislw(-column.numpy())[1]) for column in log_w.T])  # takes -log w
+
+
+# The estimates.
+
+
+@pytest.mark.parametrize("chunk_size", CHUNKS)
+def test_exact_at_the_posterior(chunk_size):
+    x, model = data(), LinearGaussian()
+    found = evaluate(model, x, k=130, chunk_size=chunk_size, batch_size=4)
+    torch.testing.assert_close(found.log_likelihood, model.log_marginal(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.elbo, model.log_marginal(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.ess, torch.full((11,), 130.0, dtype=F64))
+    assert float(found.kl_posterior.max()) < 1e-12
+    assert found.nll == pytest.approx(-float(model.log_marginal(x).mean()), abs=1e-12)
+
+
+@pytest.mark.parametrize("at_once", [1, 60, 1000])
+@pytest.mark.parametrize("k", [1, 40, 50, 1234])
+def test_streamed_equals_all_samples_at_once(k, at_once, monkeypatch):
+    monkeypatch.setattr(evaluation, "_LOG_WEIGHTS_AT_ONCE", at_once)
+    x, model = data(5), LinearGaussian(shift=0.4, stretch=0.8)
+    torch.manual_seed(1)
+    posterior = model.posterior(x)
+    h = Samples(posterior, k, pathwise=False).draw()
+    likelihood = model.log_likelihood(x, h)
+    log_w = likelihood + model.log_prior(h) - posterior.log_prob(h)
+    expected = (log_mean_exp(log_w), log_w.mean(0), effective_sample_size(log_w), None, likelihood.mean(0))
+    for chunk_size in CHUNKS:
+        torch.manual_seed(1)
+        found = evaluate(model, x, k=k, chunk_size=chunk_size)
+        for name, value in zip(PER_POINT, expected, strict=True):
+            if value is not None:
+                torch.testing.assert_close(getattr(found, name), value, rtol=1e-12, atol=1e-12)
+        if k >= 40:
+            torch.testing.assert_close(found.khat, arviz_khat(log_w).double(), rtol=1e-6, atol=1e-6)
+
+
+def test_float32_chunks_agree_to_rounding():
+    x, model = data(6).float(), LinearGaussian(shift=0.3)
+    model.w, model.b = model.w.float(), model.b.float()
+    model.exact = lambda x: MultivariateNormal(x @ torch.ones(3, 2) / 9, torch.eye(2))
+    found = []
+    for chunk_size in CHUNKS:
+        torch.manual_seed(0)
+        found.append(evaluate(model, x, k=1234, chunk_size=chunk_size))
+        assert found[-1].log_likelihood.dtype == F64
+        torch.testing.assert_close(found[-1].log_likelihood, found[0].log_likelihood, rtol=1e-6, atol=1e-5)
+
+
+def test_equals_the_objective_on_the_same_samples():
+    x, model = data(), LinearGaussian(shift=0.4)
+    torch.manual_seed(5)
+    bound = IWAE(k=70).bound(model, x)
+    torch.manual_seed(5)
+    torch.testing.assert_close(evaluate(model, x, k=70, chunk_size=9).log_likelihood, bound, rtol=1e-12, atol=1e-12)
+
+
+def test_expectations_equal_closed_forms():
+    x, model, k = data(), LinearGaussian(shift=0.3, stretch=0.9), 20_000
+    torch.manual_seed(0)
+    found = evaluate(model, x, k=k)
+    q, exact, log_p = model.posterior(x), model.exact(x), model.log_marginal(x)
+    kl = kl_divergence(q, exact)
+    prior = MultivariateNormal(torch.zeros(2, dtype=F64), torch.eye(2, dtype=F64))
+    h = q.sample((2000,))
+    spread = (exact.log_prob(h) - q.log_prob(h)).std(0) / math.sqrt(k)
+    assert bool(((found.elbo - (log_p - kl)).abs() < 5 * spread).all())
+    assert bool(((found.log_likelihood - log_p).abs() < 5 * (1 / found.ess - 1 / k).sqrt()).all())
+    assert bool(((found.kl_posterior - kl).abs() < 6 * spread + 5 * (1 / found.ess).sqrt()).all())
+    likelihood = model.log_likelihood(x, h)
+    closed = log_p - kl + kl_divergence(q, prior)
+    assert bool(((found.log_p_x_given_h - closed).abs() < 5 * likelihood.std(0) / math.sqrt(k)).all())
+    torch.testing.assert_close(found.kl_prior, found.log_p_x_given_h - found.elbo)
+
+
+def test_kl_is_never_negative():
+    log_w = -100 * torch.rand(1, 500, generator=torch.Generator().manual_seed(0), dtype=F64).expand(3, 500)
+    found = of_weights(log_w)
+    assert float((found.log_likelihood - found.elbo).min()) < 0  # by rounding
+    assert float(found.kl_posterior.min()) == 0
+
+
+def test_ess_and_bias_by_hand():
+    found = of_weights(torch.tensor([[1.0, 5.0], [2.0, 5.0], [1.0, 5.0]], dtype=F64).log())
+    torch.testing.assert_close(found.ess, torch.tensor([16 / 6, 3.0], dtype=F64))
+    assert found.nll_bias == pytest.approx((6 / 16 - 1 / 3) / 4)
+    assert found.nll == pytest.approx(-(math.log(4 / 3) + math.log(5)) / 2)
+
+
+@pytest.mark.parametrize("offset", [-1e4, 1e4])
+def test_far_from_zero(offset):
+    log_w = torch.tensor([[1.0], [2.0], [1.0]], dtype=F64).log() + offset
+    found = of_weights(log_w, chunk_size=1)
+    assert float(found.log_likelihood) == pytest.approx(math.log(4 / 3) + offset, abs=1e-9)
+    assert float(found.ess) == pytest.approx(16 / 6)
+
+
+def test_zero_weights_count_as_zero(monkeypatch):
+    monkeypatch.setattr(evaluation, "_LOG_WEIGHTS_AT_ONCE", 1)  # -inf meets -inf in the running sums
+    log_w = torch.tensor([[-math.inf], [-math.inf], [0.0], [0.0]], dtype=F64)
+    found = of_weights(log_w, chunk_size=1)
+    assert float(found.log_likelihood) == pytest.approx(-math.log(2))
+    assert float(found.ess) == pytest.approx(2)
+    assert float(found.elbo) == -math.inf
+    assert found.to_dict()["elbo"] is None
+
+
+# The work done.
+
+
+def test_counts_are_exact_and_the_encoder_runs_once_a_batch():
+    x, model, done = data(11), LinearGaussian(), []
+    found = evaluate(model, x, k=130, chunk_size=60, batch_size=4, progress=done.append)
+    assert model.calls == 3
+    assert done == [4, 8, 11]
+    assert found.log_likelihood.shape == (11,)
+    assert sum(k * batch for k, batch in model.rows) == 130 * 11
+    assert max(k for k, _ in model.rows) <= 60
+
+
+def test_only_a_bounded_number_of_log_weights_is_kept():
+    running = evaluation._Running(tail_length(10_000))
+    for _ in range(100):
+        running.add(torch.randn(100, 2), None)
+        kept = sum(map(len, running.waiting)) + (0 if running.largest is None else len(running.largest))
+        assert kept <= 1000 + 301
+
+
+def test_any_structure_of_x_and_h():
+    class Pair:
+        def posterior(self, x):
+            self.loc = x["a"] + x["b"][0]
+            return self
+
+        def sample(self, shape):
+            return {"z": self.loc.expand(*shape, *self.loc.shape), "y": torch.zeros(*shape, len(self.loc))}
+
+        def log_prob(self, h):
+            return h["y"]
+
+        def log_joint(self, x, h):
+            return h["z"] + x["a"]
+
+    a = torch.arange(5.0)
+    found = evaluate(Pair(), {"a": a, "b": (10 * a,)}, k=60, batch_size=2, chunk_size=7)
+    torch.testing.assert_close(found.log_likelihood, 12 * a.double())
+    assert found.log_p_x_given_h is None and found.kl_prior is None and found.to_dict()["kl_prior"] is None
+
+
+def test_no_graph_is_left():
+    model = LinearGaussian()
+    model.w.requires_grad_()
+    assert not evaluate(model, data(), k=3).log_likelihood.requires_grad
+
+
+def test_to_dict_is_plain_json():
+    torch.manual_seed(0)
+    found = evaluate(LinearGaussian(shift=0.5), data(), k=200)
+    record = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert record["points"] == 11 and record["k"] == 200
+    assert record["nll"] == found.nll and record["kl_posterior"] == found.kl
+    assert record["nll_stderr"] == pytest.approx(float(found.log_likelihood.std()) / math.sqrt(11))
+    json.dumps(evaluate(LinearGaussian(), data(1), k=3).to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("name", ["k", "chunk_size", "batch_size"])
+@pytest.mark.parametrize("value", [0, -1, 2.0, True])
+def test_bad_counts_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got {value}"):
+        evaluate(LinearGaussian(), data(), **{name: value})
+
+
+def test_bad_data_are_refused():
+    with pytest.raises(ValueError, match="no data points"):
+        evaluate(LinearGaussian(), data(0))
+    with pytest.raises(ValueError, match="one row for each data point"):
+        evaluate(LinearGaussian(), (data(2), data(3)))
+    with pytest.raises(ValueError, match=r"all 2 weights are zero .* for 1 of 3 data points, the first at row 1"):
+        of_weights(torch.tensor([[0.0, -math.inf, 0.0], [0.0, -math.inf, 0.0]]))
+    with pytest.raises(ValueError, match="is NaN at 1 of 2"):
+        of_weights(torch.tensor([[0.0, math.nan]]))
+
+
+def test_bad_models_are_refused():
+    with pytest.raises(ModelError, match="posterior"):
+        evaluate(object(), data())
+    model = LinearGaussian()
+    model.log_likelihood = lambda x, h: Normal(h @ model.w.T, 1.0).log_prob(x)  # not summed over the pixels
+    with pytest.raises((ModelError, RuntimeError)):
+        evaluate(model, data(), k=4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_cuda_agrees_with_closed_form():
+    class Gaussian:
+        def posterior(self, x):
+            return Independent(Normal(x / 2, 0.5**0.5), 1)
+
+        def log_joint(self, x, h):
+            return (Normal(0.0, 1.0).log_prob(h) + Normal(h, 1.0).log_prob(x)).sum(-1)
+
+    x = torch.randn(7, 3)
+    found = evaluate(Gaussian(), x.cuda(), k=1234)
+    assert found.log_likelihood.device.type == "cpu"
+    torch.testing.assert_close(
+        found.log_likelihood, Normal(0.0, 2**0.5).log_prob(x).sum(-1).double(), rtol=0, atol=1e-4
+    )
+
+
+# k-hat.
+
+
+@pytest.mark.parametrize("k", [25, 30, 224, 226, 1234, 5000])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 3.0, 30.0])
+def test_khat_equals_arviz(k, spread):
+    log_w = spread * torch.randn(k, 6, generator=torch.Generator().manual_seed(k), dtype=F64)
+    largest = log_w.topk(tail_length(k) + 1, dim=0).values
+    torch.testing.assert_close(pareto_khat(largest), arviz_khat(log_w).double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [0.2, 0.5, 0.9])
+def test_khat_finds_the_shape_of_a_pareto_tail(shape):
+    uniform = torch.rand(50_000, 20, generator=torch.Generator().manual_seed(0), dtype=F64)
+    khat = pareto_khat((-shape * uniform.log()).topk(tail_length(50_000) + 1, dim=0).values)
+    assert float(khat.mean()) == pytest.approx(shape, abs=0.05)
+
+
+def test_khat_where_there_is_none():
+    assert tail_length(24) == 0 and tail_length(25) == 5 and tail_length(5000) == 212
+    assert math.isnan(float(of_weights(torch.randn(24, 1)).khat))
+    assert math.isnan(float(of_weights(torch.zeros(100, 1)).khat))
+    assert float(of_weights(torch.arange(100.0).unsqueeze(1) * 1e3).khat) == math.inf
+
+
+def test_unreliable_counts_heavy_tails():
+    normal = torch.randn(5000, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+    found = of_weights(normal * torch.tensor([0.3, 0.3, 5.0]))
+    assert found.unreliable == pytest.approx(1 / 3)
+    assert of_weights(torch.zeros(1, 2)).unreliable == 0
+
+
+# Active units.
+
+
+def test_active_units_of_a_known_covariance():
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(500, 3, generator=g, dtype=F64)
+    white = torch.linalg.qr(noise - noise.mean(0)).Q * math.sqrt(499)  # sample covariance: exactly I
+    means = white[:, [0, 0, 1, 2]] * torch.tensor([1.0, 2.0, 0.11, 0.09], dtype=F64) + 5
+    expected = torch.tensor([[1.0, 2, 0, 0], [2, 4, 0, 0], [0, 0, 0.0121, 0], [0, 0, 0, 0.0081]], dtype=F64)
+    torch.testing.assert_close(mean_covariance(means), expected, rtol=1e-10, atol=1e-10)
+    assert active_units(means) == 3  # units 0 and 1 are one direction
+    assert pca_active_units(means) == 2
+    assert active_units(means, threshold=0.008) == 4
+    rotation = torch.linalg.qr(torch.randn(4, 4, generator=g, dtype=F64)).Q
+    assert active_units(means @ rotation) == 4
+    assert pca_active_units(means @ rotation) == 2
+
+
+def test_cross_covariance_is_unbiased():
+    g = torch.Generator().manual_seed(0)
+    means = torch.randn(4000, 1, 2, generator=g, dtype=F64) * torch.tensor([0.3, 0.0], dtype=F64)
+    a, b = (means + torch.randn(4000, 5, 2, generator=g, dtype=F64) for _ in range(2))
+    covariance = mean_covariance(a.mean(1), b.mean(1))
+    torch.testing.assert_close(covariance, covariance.T, rtol=0, atol=0)
+    found = covariance.diagonal()
+    torch.testing.assert_close(found, torch.tensor([0.09, 0.0], dtype=F64), rtol=0, atol=0.02)
+    assert active_units(a.mean(1)) == 2  # the dead unit counts by its noise, 1 / 5
+    assert active_units(a.mean(1), b.mean(1), threshold=0.03) == 1
+
+
+class TwoLayers:
+    """h1 ~ N(x, 0.1), h2 ~ N((h1_0, 0), 1): unit 0 of layer 2 follows x, unit 1 is dead but noisy."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    @property
+    def mean(self) -> tuple[Tensor]:
+        return (self.x,)
+
+    def means_of_second(self, h1: Tensor) -> Tensor:
+        return h1 * torch.tensor([1.0, 0.0])
+
+    def sample(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        h1 = self.x + 0.1 * torch.randn(*shape, *self.x.shape)
+        return h1, self.means_of_second(h1) + torch.randn_like(h1)
+
+    def log_prob(self, h):
+        raise NotImplementedError
+
+
+class WithMeans(TwoLayers):
+    def layer_means(self, h):
+        return self.x.expand_as(h[0]), self.means_of_second(h[0])
+
+
+class Encoder:
+    def __init__(self, make):
+        self.posterior = make
+
+
+@pytest.mark.parametrize("make", [TwoLayers, WithMeans])
+def test_a_dead_unit_of_a_deeper_layer_is_not_counted(make):
+    torch.manual_seed(0)
+    x = torch.randn(1000, 2)
+    n = 40
+    first, second = layer_activity(Encoder(make), x, n=n)
+    assert first.units == [0, 1] and first.pca == 2
+    torch.testing.assert_close(first.variance, x.double().var(0))  # exact: from the mean
+    assert second.units == [0] and second.active == 1 and second.pca == 1
+    assert float(second.variance[1].abs()) < 0.01
+    averages = make(x).sample(torch.Size((n,)))[1].mean(0)
+    assert float(averages.var(0)[1]) == pytest.approx(1 / n, rel=0.2)  # what samples alone would have said
+    assert active_units(averages) == 2
+
+
+def test_conditional_means_are_less_noisy_than_samples():
+    x = torch.randn(300, 2)
+    [_, (a, b)] = posterior_means(Encoder(WithMeans), x, n=4)
+    assert float(a[:, 1].abs().max()) == float(b[:, 1].abs().max()) == 0
+
+
+def test_means_of_posteriors_without_one():
+    x = torch.randn(1000, 2)
+    flow = Encoder(lambda x: Independent(TransformedDistribution(Normal(x, 0.5), [AffineTransform(0.0, 2.0)]), 1))
+    [(a, b)] = posterior_means(flow, x, n=20)
+    assert b is not None and a.shape == b.shape == (1000, 2)
+    assert bool((a != b).all())
+    assert layer_activity(flow, x)[0].units == [0, 1]
+    [(exact, none)] = posterior_means(Encoder(lambda x: Independent(Bernoulli(x.sigmoid()), 1)), x)
+    assert none is None
+    torch.testing.assert_close(exact, x.sigmoid().double())
+
+
+def test_event_shapes_are_flattened():
+    [layer] = layer_activity(Encoder(lambda x: Independent(Normal(x, 1.0), 2)), torch.randn(50, 2, 3), batch_size=7)
+    assert layer.variance.shape == (6,)
+    with pytest.raises(ValueError, match="n must be an integer of at least 2"):
+        layer_activity(Encoder(TwoLayers), torch.randn(3, 2), n=1)

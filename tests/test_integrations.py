@@ -1,0 +1,181 @@
+"""`objective.bind(model)` under torch.compile, autocast, torch.func, DDP, Lightning: the gradients stay the same."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import zuko
+from torch import nn
+from torch.distributions import Independent, Normal
+from torch.func import functional_call, grad
+from torch.nn.parallel import DistributedDataParallel
+
+from mcobjectives import IWAE, Objective
+from mcobjectives.likelihoods import bernoulli_log_likelihood
+
+OBJECTIVES = [
+    IWAE(k=6),
+    IWAE(k=6, gradient="dreg"),
+    IWAE(k=6, gradient="vimco"),
+    IWAE(k=6, chunk_size=2),
+    IWAE(k=6, gradient="dreg", backward_samples=2),
+]
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 6))
+        self.decoder = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 10))
+
+    def posterior(self, x):
+        mean, log_std = self.encoder(x).float().chunk(2, -1)  # under autocast: q and its samples in float32
+        return Independent(Normal(mean, log_std.exp()), 1)
+
+    def log_prior(self, h):
+        return Normal(0.0, 1.0).log_prob(h).sum(-1)
+
+    def log_likelihood(self, x, h):
+        return bernoulli_log_likelihood(self.decoder(h), x)
+
+
+@pytest.fixture
+def data():
+    torch.manual_seed(0)
+    return Model(), torch.rand(12, 10).round()
+
+
+def eager(objective: Objective, model: Model, x) -> dict[str, torch.Tensor]:
+    """The gradients of an ordinary step from seed 1, by the names that `bind` gives the parameters."""
+    bound = objective.bind(copy.deepcopy(model))
+    torch.manual_seed(1)
+    bound(x).backward()
+    return {name: p.grad for name, p in bound.named_parameters()}
+
+
+def agree(found, expected, tolerance=1e-5):
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(found[name], gradient, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
+def test_ddp(data, objective):
+    model, x = data
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        replica = DistributedDataParallel(objective.bind(copy.deepcopy(model)))
+        for _ in range(2):  # a parameter that DDP found unused would fail the second step
+            replica.zero_grad()
+            torch.manual_seed(1)
+            replica(x).backward()
+        found = {name.removeprefix("module."): p.grad for name, p in replica.named_parameters()}
+    finally:
+        dist.destroy_process_group()
+    agree(found, eager(objective, model, x))
+
+
+@pytest.mark.parametrize(
+    "objective", [o for o in OBJECTIVES if o.gradient != "dreg" and o.chunk_size is None], ids=repr
+)
+def test_torch_func(data, objective):
+    model, x = data
+    bound = objective.bind(model)
+    torch.manual_seed(1)
+    found = grad(lambda p: functional_call(bound, p, (x,)))({n: p.detach() for n, p in bound.named_parameters()})
+    agree(found, eager(objective, model, x))
+
+
+def functional(objective: Objective, module: Model, model: Model, x) -> dict[str, torch.Tensor]:
+    """The gradients at the parameters of `model` when those of `module` are swapped for them during the call."""
+    bound = objective.bind(module)
+    parameters = {f"model.{name}": p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    torch.manual_seed(1)
+    loss = functional_call(bound, parameters, (x,))
+    return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+
+
+@pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o.chunk_size is None], ids=repr)
+def test_functional_call_with_autograd(data, objective):
+    model, x = data
+    agree(functional(objective, Model(), model, x), eager(objective, model, x))
+
+
+class Flow(Model):
+    """Its q looks the module's parameters up whenever a density is evaluated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flow = zuko.flows.MAF(features=3, context=6, transforms=1, hidden_features=(8,))
+
+    def posterior(self, x):
+        return self.flow(self.encoder(x))
+
+
+@pytest.mark.parametrize(
+    "kind, objective", [(Flow, IWAE(k=6, gradient="dreg")), (Model, IWAE(k=6, chunk_size=2))], ids=["flow", "chunks"]
+)
+def test_functional_call_raises_where_the_backward_pass_evaluates_again(data, kind, objective):
+    """With the module's own parameters, put back by then: a gradient would be silently wrong."""
+    _, x = data
+    with pytest.raises(RuntimeError, match=r"functional_call"):
+        functional(objective, kind(), kind(), x)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
+def test_autocast(data, objective):
+    model, x = data
+    bound = objective.bind(copy.deepcopy(model))
+    torch.manual_seed(1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = bound(x)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    # The noise is the same, the networks' products have eight bits: the gradients are close, not equal.
+    for name, expected in eager(objective, model, x).items():
+        found = dict(bound.named_parameters())[name].grad
+        assert found.dtype == torch.float32
+        assert (found - expected).norm() < 0.03 * expected.norm(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", OBJECTIVES[:3], ids=repr)
+def test_compile(data, objective):
+    model, x = data
+    torch._dynamo.reset()
+    copied = objective.bind(copy.deepcopy(model))
+    whole = objective.gradient != "dreg"  # the pathwise scaling of DReG and STL breaks the graph
+    compiled = torch.compile(copied, fullgraph=whole, options={"fallback_random": True})
+    torch.manual_seed(1)
+    compiled(x).backward()
+    agree({name: p.grad for name, p in copied.named_parameters()}, eager(objective, model, x), 1e-4)
+
+
+def test_lightning(data):
+    lightning = pytest.importorskip("lightning")
+    model, x = data
+
+    class Training(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.bound = IWAE(k=6, gradient="dreg").bind(copy.deepcopy(model))
+
+        def training_step(self, batch, batch_idx):
+            return self.bound(batch[0])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = lightning.Trainer(max_steps=1, accelerator="cpu", enable_model_summary=False, **quiet)
+    training = Training()
+    torch.manual_seed(1)
+    trainer.fit(training, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=12))
+    moved = [
+        p for p, before in zip(training.parameters(), model.parameters(), strict=True) if not torch.equal(p, before)
+    ]
+    assert len(moved) == len(list(model.parameters()))

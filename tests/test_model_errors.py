@@ -1,0 +1,347 @@
+"""What does not fit is refused with an error that says what and why, before any compute where that can be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import pytest
+import torch
+from torch.distributions import Bernoulli, Categorical, Independent, MixtureSameFamily, Normal
+from toys import F64, Discrete, Gaussian1D, LinearGaussian, Mixed, TwoLayers
+
+from mcobjectives import (
+    IWAE,
+    MIWAE,
+    VAE,
+    LAlpha,
+    Model,
+    ModelError,
+    Objective,
+    Posterior,
+    Power,
+    get_objective,
+    objective_names,
+)
+
+X = torch.tensor([0.9, -0.4, 2.0, 0.1], dtype=F64)
+PATHWISE = ["reparam", "stl", "dreg"]
+pytestmark = pytest.mark.filterwarnings("ignore:gradient='stl' is biased")
+
+
+class Toy:
+    """A model of numbers: everything it returns can be replaced."""
+
+    def __init__(self, **replaced):
+        self.loc = torch.nn.Parameter(torch.zeros((), dtype=F64))
+        self.__dict__.update(replaced)
+
+    def posterior(self, x):
+        return Normal(self.loc + 0 * x, 1.0)
+
+    def log_joint(self, x, h):
+        return -(h**2) / 2 - (x - h) ** 2
+
+
+def never(*_):
+    raise AssertionError("computed before the check")
+
+
+def test_distributions_and_toys_are_structurally_models_and_posteriors():
+    assert isinstance(LinearGaussian(), Model) and isinstance(Toy(), Model) and not isinstance(object(), Model)
+    assert isinstance(Normal(0.0, 1.0), Posterior) and isinstance(TwoLayers().posterior(X), Posterior)
+
+
+# Missing methods.
+
+
+def test_a_model_without_a_posterior_is_named():
+    class Nothing:
+        log_joint = staticmethod(never)
+
+    for objective in (IWAE(k=2), VAE(k=1, analytic_kl=True)):
+        with pytest.raises(ModelError, match=r"needs Nothing to have the method\(s\) posterior"):
+            objective(Nothing(), X)
+
+
+@pytest.mark.parametrize("missing", ["log_likelihood", "log_prior", "both"])
+def test_a_model_needs_its_joint_or_both_its_parts(missing):
+    class Part:
+        posterior = staticmethod(never)
+
+    for name in {"log_likelihood", "log_prior"} - {missing}:
+        if missing != "both":
+            setattr(Part, name, staticmethod(never))
+    expected = "log_likelihood, log_prior" if missing == "both" else missing
+    for use in (IWAE(k=2), IWAE(k=2).bound):
+        with pytest.raises(ModelError, match=rf"Part to have the method\(s\) {expected}: .*log_joint"):
+            use(Part(), X)
+
+
+@pytest.mark.parametrize("objective", [LAlpha(k=2, alpha=0.5), IWAE(k=2, kl_weight=0.5)], ids=repr)
+def test_tempering_needs_both_parts_and_says_so_before_any_compute(objective):
+    model = Toy(posterior=never, log_joint=never)
+    with pytest.raises(ModelError, match=r"a tempered objective needs Toy .*log_likelihood, log_prior"):
+        objective(model, X)
+
+
+def test_l_alpha_at_one_is_content_with_the_joint():
+    torch.manual_seed(0)
+    expected = VAE(k=3)(Toy(), X)
+    torch.manual_seed(0)
+    assert LAlpha(k=3, alpha=1.0)(Toy(), X) == expected
+
+
+def test_a_posterior_that_cannot_be_sampled_or_evaluated_is_named():
+    class Mute:
+        def log_prob(self, h): ...
+
+    class Blind:
+        def rsample(self, shape): ...
+
+    with pytest.raises(ModelError, match="Mute has neither sample nor rsample"):
+        IWAE(k=2, gradient="score")(Toy(posterior=lambda x: Mute(), log_joint=never), X)
+    with pytest.raises(ModelError, match=r"Blind to have the method\(s\) log_prob"):
+        IWAE(k=2)(Toy(posterior=lambda x: Blind(), log_joint=never), X)
+
+
+# Discrete and mixed latents.
+
+UNDIFFERENTIABLE = [
+    lambda x: Bernoulli(logits=x),
+    lambda x: Independent(Bernoulli(logits=x.unsqueeze(-1)), 1),
+    lambda x: Categorical(logits=torch.stack([x, -x], -1)),
+    lambda x: MixtureSameFamily(Categorical(torch.ones(2)), Normal(x.unsqueeze(-1) + torch.zeros(2), 1.0)),
+]
+
+
+@pytest.mark.parametrize("gradient", PATHWISE)
+@pytest.mark.parametrize("posterior", UNDIFFERENTIABLE)
+@pytest.mark.parametrize("extra", [{}, {"chunk_size": 1}, {"backward_samples": 1}], ids=str)
+def test_pathwise_on_a_posterior_without_rsample_raises_before_compute(posterior, gradient, extra):
+    model = Toy(posterior=lambda x: posterior(x.requires_grad_()), log_joint=never)
+    with pytest.raises(ModelError, match=r'needs rsample, which .* does not have: use gradient="score" or "vimco"'):
+        IWAE(k=2, gradient=gradient, **extra)(model, X.clone())
+
+
+@pytest.mark.parametrize("gradient", PATHWISE)
+@pytest.mark.parametrize("extra", [{}, {"chunk_size": 1}, {"backward_samples": 1}], ids=str)
+def test_pathwise_on_a_mixed_latent_raises_before_the_joint(gradient, extra):
+    model = Mixed()
+    model.log_joint = never if not extra.get("backward_samples") else model.log_joint
+    with pytest.raises(ModelError, match=r"part\(s\) \[0\] of h \(2 in all\) carry no gradient.*score.*vimco"):
+        IWAE(k=2, gradient=gradient, **extra)(model, X)
+
+
+@pytest.mark.parametrize("gradient", ["score", "vimco", "rws"])
+@pytest.mark.parametrize("make", [Discrete, Mixed])
+def test_discrete_and_mixed_latents_train_by_the_score_family(make, gradient):
+    model = make()
+    IWAE(k=3, gradient=gradient)(model, X).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_the_bound_needs_no_rsample():
+    assert torch.isfinite(IWAE(k=3).bound(Discrete(), X)).all()
+    assert torch.isfinite(IWAE(k=3, gradient="dreg").bound(Mixed(), X)).all()
+    with torch.no_grad():
+        assert torch.isfinite(IWAE(k=3, gradient="dreg")(Discrete(), X))
+
+
+class Detaching:
+    """An rsample that silently cuts the gradient."""
+
+    def __init__(self, posterior):
+        self.posterior, self.log_prob = posterior, posterior.log_prob
+
+    def rsample(self, shape):
+        return self.posterior.rsample(shape).detach()
+
+
+@pytest.mark.parametrize("gradient", PATHWISE)
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_an_rsample_that_detaches_raises(gradient, chunk_size):
+    loc = torch.nn.Parameter(torch.zeros(4, dtype=F64))
+    model = Toy(posterior=lambda x: Detaching(Normal(loc, 1.0)), log_joint=never)
+    with pytest.raises(ModelError, match=r"part\(s\) \[0\] of h \(1 in all\) carry no gradient"):
+        IWAE(k=2, gradient=gradient, chunk_size=chunk_size)(model, X)
+
+
+@pytest.mark.parametrize("gradient", PATHWISE)
+def test_a_fixed_posterior_needs_no_gradient(gradient):
+    scale = torch.nn.Parameter(torch.ones((), dtype=F64))
+    model = Toy(posterior=lambda x: Normal(x, 1.0), log_joint=lambda x, h: Normal(x, scale).log_prob(h))
+    IWAE(k=3, gradient=gradient)(model, X).backward()
+    assert scale.grad.abs() > 0
+
+
+# Shapes, devices, numbers.
+
+
+def shaped(log_p, log_q):
+    """A model whose log-densities have the given shapes."""
+
+    class Shaped(Normal):
+        def log_prob(self, h):
+            return torch.zeros(log_q, dtype=F64)
+
+    return Toy(
+        posterior=lambda x: Shaped(torch.zeros(4, dtype=F64), 1.0),
+        log_joint=lambda x, h: torch.zeros(log_p, dtype=F64),
+    )
+
+
+@pytest.mark.parametrize(
+    ("log_p", "log_q", "message"),
+    [
+        (
+            (3, 4, 7),
+            (3, 4),
+            r"log p\(x, h\) has shape \(3, 4, 7\), expected \(k, batch\) with k = 3: sum over the event",
+        ),
+        ((3, 4), (3, 4, 7), r"log q\(h \| x\) has shape \(3, 4, 7\), expected .*Independent"),
+        ((4,), (3, 4), r"log p\(x, h\) has shape \(4,\)"),
+        ((), (3, 4), r"log p\(x, h\) has shape \(\)"),
+        ((3, 4), (3, 1), r"log p\(x, h\) has shape \(3, 4\) and log q\(h \| x\) \(3, 1\)"),
+        ((4, 3), (4, 3), r"\(4, 3\).*expected both to be \(k, batch\) with k = 3"),
+        ((1, 4), (3, 4), r"\(1, 4\) and log q\(h \| x\) \(3, 4\)"),
+        ((3, 0), (3, 0), "the batch is empty"),
+    ],
+)
+@pytest.mark.parametrize("extra", [{}, {"gradient": "score"}, {"backward_samples": 1}], ids=str)
+def test_wrong_shapes_are_reported_with_the_shape_that_was_expected(log_p, log_q, message, extra):
+    with pytest.raises(ModelError, match=message):
+        IWAE(k=3, **extra)(shaped(log_p, log_q), X)
+    with pytest.raises(ModelError, match=message):
+        IWAE(k=3).bound(shaped(log_p, log_q), X)
+
+
+def test_an_unsummed_event_dimension_of_real_distributions_is_reported():
+    class Unsummed(LinearGaussian):
+        def log_likelihood(self, x, h):
+            return Normal(h @ self.weight.T + self.bias, 1.0).log_prob(x)
+
+    for use in (IWAE(k=3), VAE(k=3)):
+        with pytest.raises(ValueError, match="sum over the event dimensions"):
+            use(Unsummed(), LinearGaussian().data(3))  # three by three would broadcast
+
+
+def test_an_empty_batch_is_refused_by_every_objective():
+    for name in objective_names():
+        with pytest.raises(ModelError, match="the batch is empty"):
+            get_objective(name)()(LinearGaussian(), torch.zeros(0, 3, dtype=F64))
+
+
+def test_densities_on_two_devices_are_reported():
+    model = Toy(log_joint=lambda x, h: torch.zeros(2, 4, device="meta"))
+    with pytest.raises(ModelError, match=r"log p\(x, h\) is on meta and log q\(h \| x\) on cpu"):
+        IWAE(k=2)(model, X)
+
+
+def spoiled(term, value, where):
+    class Spoiled(Normal):
+        def log_prob(self, h):
+            return super().log_prob(h) + (spoil if term == "q" else 0)
+
+    spoil = torch.zeros(3, 4, dtype=F64)
+    for i, j in where:
+        spoil[i, j] = value
+    return Toy(
+        posterior=lambda x: Spoiled(torch.zeros(4, dtype=F64), 1.0),
+        log_joint=lambda x, h: -(h**2) + (spoil if term == "p" else 0),
+    )
+
+
+@pytest.mark.parametrize(
+    ("term", "value", "where", "message"),
+    [
+        ("p", torch.nan, [(0, 0), (2, 1)], r"log p\(x, h\) is NaN at 2 of 12 samples$"),
+        ("q", torch.nan, [(1, 3)], r"log q\(h \| x\) is NaN at 1 of 12 samples$"),
+        ("p", torch.inf, [(0, 0), (1, 1), (2, 2)], r"log p\(x, h\) is \+inf at 3 of 12 samples$"),
+        ("q", -torch.inf, [(0, 0)], r"log q\(h \| x\) is -inf at 1 of 12 samples$"),
+    ],
+)
+@pytest.mark.parametrize("extra", [{}, {"gradient": "dreg"}, {"chunk_size": 3}, {"backward_samples": 1}], ids=str)
+def test_nan_and_infinite_densities_are_counted_and_attributed(term, value, where, message, extra):
+    with pytest.raises(ValueError, match=f"NaN or \\+inf log-weights: {message}"):
+        IWAE(k=3, **extra)(spoiled(term, value, where), X)
+    with pytest.raises(ValueError, match=message):
+        IWAE(k=3).bound(spoiled(term, value, where), X)
+
+
+def test_both_terms_at_fault_are_both_named():
+    class Both(Toy):
+        def log_joint(self, x, h):
+            return h * torch.nan
+
+        def posterior(self, x):
+            return Normal(self.loc + torch.tensor([0.0, 0.0, 0.0, torch.nan], dtype=F64), 1.0, validate_args=False)
+
+    with pytest.raises(
+        ValueError, match=r"log p\(x, h\) is NaN at 12 of 12 samples; log q\(h \| x\) is NaN at 3 of 12"
+    ):
+        IWAE(k=3)(Both(), X)
+
+
+def test_zero_over_zero_is_named():
+    class Empty(Normal):
+        def log_prob(self, h):
+            return h * 0 - torch.inf
+
+    model = Toy(posterior=lambda x: Empty(x, 1.0), log_joint=lambda x, h: h * 0 - torch.inf)
+    with pytest.raises(ValueError, match="undefined at 8 samples where both are -inf"):
+        IWAE(k=2)(model, X)
+
+
+@pytest.mark.parametrize("gradient", ["reparam", "dreg", "score"])
+def test_all_weights_zero_for_a_data_point_is_reported(gradient):
+    nothing = torch.zeros(4, dtype=F64)
+    nothing[1] = -torch.inf
+    model = Toy(log_joint=lambda x, h: -(h**2) + nothing)
+    message = "not finite for 1 of 4 data points: all 3 weights are zero for 1 of them"
+    for make in (IWAE(k=3), Power(k=3, p=0.5), MIWAE(3, 1)):
+        objective = replace(make, gradient=gradient)
+        for use in (objective, objective.bound):
+            with pytest.raises(ValueError, match=message):
+                use(model, X)
+
+
+def test_some_weights_zero_are_fine_for_iwae_and_reported_by_vae():
+    some = torch.zeros(3, 1, dtype=F64)
+    some[1] = -torch.inf
+    model = Toy(log_joint=lambda x, h: -(h**2) + some)
+    assert torch.isfinite(IWAE(k=3)(model, X))
+    with pytest.raises(ValueError, match="not finite for 4 of 4 data points: some of their weights are zero"):
+        VAE(k=3)(model, X)
+
+
+def test_nothing_is_checked_away_from_a_users_reduce():
+    @dataclass(frozen=True)
+    class Broken(Objective):
+        k: int = 3
+
+        def reduce(self, log_w):
+            return log_w.mean(0) * torch.nan
+
+    with pytest.raises(ValueError, match="the bound of Broken is not finite for 4 of 4"):
+        Broken()(Toy(), X)
+
+
+def test_an_abstract_objective_cannot_be_made():
+    with pytest.raises(TypeError, match="reduce"):
+        Objective()
+    assert {f.name for f in fields(Objective)} == {"gradient", "chunk_size", "backward_samples", "kl_weight"}
+
+
+def test_opaque_data_is_the_models_own_affair():
+    class Opaque(Gaussian1D):
+        def posterior(self, x):
+            return super().posterior(x["pixels"][0])
+
+        def log_likelihood(self, x, h):
+            return super().log_likelihood(x["pixels"][0], h)
+
+    torch.manual_seed(0)
+    expected = IWAE(k=3)(Gaussian1D(), X)
+    torch.manual_seed(0)
+    assert IWAE(k=3)(Opaque(), {"pixels": (X, "label")}) == expected

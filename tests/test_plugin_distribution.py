@@ -1,0 +1,192 @@
+"""examples/plugin as a third party ships it: its wheel is built, installed beside the library, and driven."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+PLUGIN = Path(__file__).parent.parent / "examples" / "plugin"
+
+
+def python(*arguments: str, sites: tuple[Path, ...] = (), cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Python on these arguments, with nothing on its path but what is installed and the given sites."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sites)), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def install(project: Path, place: Path) -> Path:
+    """Build the project's wheel and install it into a folder of its own, which is returned."""
+    wheels, site = place / "wheels", place / "site"
+    built = python("-m", "build", "--wheel", "--no-isolation", "--outdir", str(wheels), str(project), cwd=place)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = wheels.glob("*.whl")
+    pip = python("-m", "pip", "install", "--no-index", "--no-deps", "--target", str(site), str(wheel), cwd=place)
+    assert pip.returncode == 0, pip.stdout + pip.stderr
+    return site
+
+
+def project(place: Path, name: str, code: str, objectives: dict[str, str]) -> Path:
+    """A minimal distribution of one module."""
+    module = name.replace("-", "_")
+    points = "\n".join(f'{key} = "{module}:{value}"' for key, value in objectives.items())
+    place.mkdir(parents=True)
+    (place / f"{module}.py").write_text(textwrap.dedent(code))
+    (place / "pyproject.toml").write_text(
+        f'[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n'
+        f'[project]\nname = "{name}"\nversion = "1.0"\n'
+        f'[project.entry-points."mcobjectives.objectives"]\n{points}\n'
+        f'[tool.hatch.build.targets.wheel]\ninclude = ["{module}.py"]\n'
+    )
+    return place
+
+
+@pytest.fixture(scope="module")
+def jackknife(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("jackknife")
+    shutil.copytree(PLUGIN, place / "project", ignore=shutil.ignore_patterns("dist", "build", "*cache*"))
+    return install(place / "project", place)
+
+
+@pytest.fixture(scope="module")
+def rival(tmp_path_factory) -> Path:
+    """Another distribution that claims the name `jackknife`."""
+    place = tmp_path_factory.mktemp("rival")
+    code = "from mcobjectives import IWAE\nclass Jackknife(IWAE): pass\n"
+    return install(project(place / "project", "rival-jackknife", code, {"jackknife": "Jackknife"}), place)
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory) -> Path:
+    """A distribution whose dependency is missing, that names what it does not have, and that registers a function."""
+    place = tmp_path_factory.mktemp("faulty")
+    needy = project(place / "needy", "needy-objectives", "import not_installed_anywhere\n", {"needy": "Needy"})
+    code = "def function(log_w): return log_w.mean(0)\n"
+    points = {"nameless": "Nameless", "function": "function"}
+    (place / "a").mkdir()
+    (place / "b").mkdir()
+    install(project(place / "confused", "confused-objectives", code, points), place / "a")
+    shutil.copytree(install(needy, place / "b"), place / "a" / "site", dirs_exist_ok=True)
+    return place / "a" / "site"
+
+
+def run(code: str, *sites: Path, cwd: Path) -> str:
+    found = python("-c", textwrap.dedent(code), sites=sites, cwd=cwd)
+    assert found.returncode == 0, found.stdout + found.stderr
+    return found.stdout
+
+
+DRIVE = """
+    import sys, torch, mcobjectives
+    from torch.distributions import Bernoulli, Independent, Normal
+    from mcobjectives.specs import format_objective, parse_objective
+
+    assert "mcobjectives_jackknife" not in sys.modules  # discovery alone imports no plugin
+    assert "jackknife" in mcobjectives.objective_names() and "loo" in mcobjectives.estimator_names()
+    assert "mcobjectives_jackknife" not in sys.modules
+    Jackknife = mcobjectives.get_objective("jackknife")
+    assert Jackknife.__module__ == "mcobjectives_jackknife"
+
+    spec = "jackknife(k=5, gradient='dreg')"
+    assert parse_objective(spec) == Jackknife(k=5, gradient="dreg") and format_objective(parse_objective(spec)) == spec
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.p = torch.nn.Linear(3, 2), torch.nn.Linear(2, 3)
+        def posterior(self, x):
+            q = Bernoulli(logits=self.q(x)) if discrete else Normal(self.q(x), 1.0)
+            return Independent(q, 1)
+        def log_joint(self, x, h):
+            return -(self.p(h) - x).square().sum(-1) - h.square().sum(-1)
+
+    x = torch.randn(4, 3)
+    for discrete, objectives in {
+        False: [Jackknife(k=5, gradient=g) for g in ("reparam", "dreg", "score")] + [parse_objective(spec)],
+        True: [cls(gradient="loo", k=5) for cls in (Jackknife, mcobjectives.IWAE, mcobjectives.Median)],
+    }.items():
+        for objective in objectives:
+            model = Model()
+            objective(model, x).backward()
+            grads = [p.grad for p in model.parameters()]
+            assert all(g is not None and g.isfinite().all() and g.any() for g in grads), objective
+
+    for make in (lambda: mcobjectives.IWAE(k=1, gradient="loo"), lambda: mcobjectives.MIWAE(gradient="loo")):
+        try:
+            make()
+        except ValueError as error:
+            print(error)
+        else:
+            raise AssertionError("loo must be refused")
+"""
+
+
+def test_the_installed_plugin_is_found_by_name_and_trains_models(jackknife, tmp_path):
+    output = run(DRIVE, jackknife, cwd=tmp_path)
+    assert "gradient='loo' needs at least two samples" in output
+    assert "gradient='loo' needs an objective of any number of samples" in output
+
+
+def test_without_the_plugin_its_names_are_unknown(tmp_path):
+    output = run(
+        """
+        import mcobjectives
+        print("jackknife" in mcobjectives.objective_names(), "loo" in mcobjectives.estimator_names())
+        """,
+        cwd=tmp_path,
+    )
+    assert output.split() == ["False", "False"]
+
+
+def test_the_plugins_own_tests_pass_where_it_is_installed(jackknife, tmp_path):
+    shutil.copytree(PLUGIN / "tests", tmp_path / "tests")
+    found = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", sites=(jackknife,), cwd=tmp_path)
+    assert found.returncode == 0 and "2 passed" in found.stdout, found.stdout + found.stderr
+
+
+def test_the_wheel_holds_the_package_and_its_entry_points_alone(jackknife):
+    top = {path.name for path in jackknife.iterdir()}
+    assert top == {"mcobjectives_jackknife", "mcobjectives_jackknife-0.1.0.dist-info"}
+    assert (jackknife / "mcobjectives_jackknife" / "py.typed").exists()
+
+
+REPORT = """
+    import mcobjectives
+    from mcobjectives.specs import parse_objective
+
+    names = mcobjectives.objective_names()
+    for name in names:
+        try:
+            objective = mcobjectives.get_objective(name)()
+        except mcobjectives.PluginError as error:
+            print(f"{name}: {error}")
+            try:
+                parse_objective(name)
+            except ValueError as error:
+                assert len(str(error).splitlines()) == 1 and name in str(error)
+    for built_in in "vae iwae power median l_alpha ciwae miwae".split():
+        assert built_in in names and parse_objective(built_in) == mcobjectives.get_objective(built_in)()
+"""
+
+
+def test_two_distributions_that_claim_a_name_are_both_named(jackknife, rival, tmp_path):
+    lines = run(REPORT, jackknife, rival, cwd=tmp_path).splitlines()
+    claims = "mcobjectives-jackknife and rival-jackknife"
+    assert lines == [f"jackknife: objective 'jackknife' is claimed by {claims}: uninstall one of them"]
+
+
+def test_faults_of_a_plugin_are_reported_by_its_distribution_and_break_nothing_else(jackknife, faulty, tmp_path):
+    lines = dict(line.split(": ", 1) for line in run(REPORT, jackknife, faulty, cwd=tmp_path).splitlines())
+    assert set(lines) == {"needy", "nameless", "function"}
+    assert "needy-objectives" in lines["needy"] and "No module named 'not_installed_anywhere'" in lines["needy"]
+    assert "confused-objectives" in lines["nameless"] and "AttributeError" in lines["nameless"]
+    assert "confused-objectives" in lines["function"] and "not an Objective class" in lines["function"]

@@ -1,0 +1,173 @@
+"""Plugins: found through entry points, each by its distribution; the built-ins exactly as a third party's."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from importlib import metadata
+
+import pytest
+import torch
+from toys import LinearGaussian, loss_gradient
+
+from mcobjectives import IWAE, PluginError, estimator_names, get_estimator, get_objective, objective_names, plugins
+
+
+def forget():
+    plugins.registered.cache_clear()
+    plugins.load.cache_clear()
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Lay out a distribution as an installer would: a module, and a dist-info folder with its entry points."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def lay_out(name, source="", folder=None, **points):
+        module = name.replace("-", "_")
+        where = tmp_path / (folder or ".")
+        where.mkdir(exist_ok=True)
+        if folder:
+            monkeypatch.syspath_prepend(where)
+        (where / f"{module}.py").write_text(textwrap.dedent(source))
+        info = where / f"{module}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        lines = [f"[mcobjectives.{g}]\n" + "".join(f"{n} = {v}\n" for n, v in p.items()) for g, p in points.items()]
+        (info / "entry_points.txt").write_text("\n".join(lines))
+        forget()
+
+    yield lay_out
+    monkeypatch.undo()
+    forget()
+
+
+MIN_WEIGHT = """
+    from dataclasses import dataclass
+    from mcobjectives import Objective
+
+    @dataclass(frozen=True)
+    class MinWeight(Objective):
+        k: int = 8
+
+        def reduce(self, log_w):
+            return log_w.amin(0)
+"""
+
+
+def test_the_built_ins_are_registered_by_this_projects_own_entry_points():
+    for group in (plugins.OBJECTIVES, plugins.ESTIMATORS):
+        built_in = {p.name for p in metadata.distribution("mcobjectives").entry_points if p.group == group}
+        assert built_in and built_in <= set(plugins.registered(group))
+    assert {"vae", "iwae", "power", "median", "l_alpha", "ciwae", "miwae"} <= set(objective_names())
+    assert {"reparam", "stl", "dreg", "score", "vimco", "rws"} <= set(estimator_names())
+    assert objective_names() == sorted(objective_names()) and estimator_names() == sorted(estimator_names())
+
+
+def test_plugins_names_no_built_in():
+    tree = ast.parse(inspect.getsource(plugins))
+    texts = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    docs = {
+        n.body[0].value.value
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(n)
+    }
+    code = " ".join(texts - docs).lower()
+    imported = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert not any(module.startswith("mcobjectives") for module in imported)
+    for group, name in [(g, n) for g in (plugins.OBJECTIVES, plugins.ESTIMATORS) for n in plugins.registered(g)]:
+        assert name not in code.split(), (group, name)
+        assert f":{name}" not in code
+
+
+def test_a_third_partys_objective_is_one_class_and_works_everywhere(install):
+    install("acme-bounds", MIN_WEIGHT, objectives={"acme_min": "acme_bounds:MinWeight"})
+    assert "acme_min" in objective_names()
+    objective = get_objective("acme_min")(k=4)
+    assert objective.reduce(torch.tensor([[2.0], [1.0], [5.0], [3.0]])).item() == 1.0
+    model = LinearGaussian().off_posterior()
+    for gradient in ("reparam", "score", "vimco"):
+        chunked = get_objective("acme_min")(k=4, gradient=gradient, chunk_size=3)
+        loss, found = loss_gradient(chunked, model, model.data())
+        assert torch.isfinite(loss) and found["q_offset"].abs().max() > 0
+    with pytest.raises(ValueError, match="wrong for MinWeight"):
+        get_objective("acme_min")(k=4, gradient="dreg")
+
+
+def test_a_third_partys_estimator_is_one_function_and_works_everywhere(install):
+    source = """
+        def half_way(objective, log_w):
+            g = objective.slopes(log_w)
+            return g, g, objective.tempering * g / 2
+    """
+    install("acme-gradients", source, estimators={"half_way": "acme_gradients:half_way"})
+    assert "half_way" in estimator_names()
+    model = LinearGaussian().off_posterior()
+    x = model.data()
+    value, plain = loss_gradient(IWAE(k=5), model, x)
+    _, stl = loss_gradient(IWAE(k=5, gradient="stl"), model, x)
+    for extra in ({}, {"chunk_size": 2}, {"backward_samples": 5}):
+        found_value, found = loss_gradient(IWAE(k=5, gradient="half_way", **extra), model, x)
+        torch.testing.assert_close(found_value, value)
+        for name in found:
+            torch.testing.assert_close(found[name], (plain[name] + stl[name]) / 2)
+
+
+def test_a_broken_plugin_is_reported_by_its_distribution_and_breaks_nothing_else(install):
+    install("acme-broken", "import not_installed_anywhere", objectives={"acme_broken": "acme_broken:Thing"})
+    install("acme-missing", "", objectives={"acme_missing": "acme_missing:Thing"})
+    install("acme-raising", "raise RuntimeError('boom')", objectives={"acme_raising": "acme_raising:Thing"})
+    assert {"acme_broken", "acme_missing", "acme_raising"} <= set(objective_names())
+    for name, why in [
+        ("acme_broken", "ModuleNotFoundError: .*not_installed_anywhere"),
+        ("acme_missing", "AttributeError"),
+        ("acme_raising", "RuntimeError: boom"),
+    ]:
+        with pytest.raises(
+            PluginError, match=rf"objective '{name}' of {name.replace('_', '-')} .*cannot be loaded: {why}"
+        ):
+            get_objective(name)
+    assert get_objective("iwae") is IWAE
+
+
+def test_two_distributions_that_claim_a_name_are_both_named(install):
+    install("acme-one", MIN_WEIGHT, objectives={"acme_min": "acme_one:MinWeight"})
+    install("acme-two", MIN_WEIGHT, objectives={"acme_min": "acme_two:MinWeight", "acme_other": "acme_two:MinWeight"})
+    with pytest.raises(PluginError, match="objective 'acme_min' is claimed by acme-one and acme-two: uninstall one"):
+        get_objective("acme_min")
+    assert get_objective("acme_other").__name__ == "MinWeight"
+
+
+def test_a_claim_on_a_built_in_name_is_a_clash_like_any_other(install):
+    install("acme-rival", MIN_WEIGHT, objectives={"iwae": "acme_rival:MinWeight"}, estimators={"dreg": "math:sqrt"})
+    with pytest.raises(PluginError, match="'iwae' is claimed by acme-rival and mcobjectives"):
+        get_objective("iwae")
+    with pytest.raises(PluginError, match="estimator 'dreg' is claimed by acme-rival and mcobjectives"):
+        IWAE(k=3, gradient="dreg")
+    assert IWAE(k=3).gradient == "reparam"
+
+
+def test_one_distribution_seen_twice_on_the_path_is_no_clash(install):
+    for folder in (None, "again"):
+        install("acme-bounds", MIN_WEIGHT, folder=folder, objectives={"acme_min": "acme_bounds:MinWeight"})
+    assert get_objective("acme_min").__name__ == "MinWeight"
+
+
+def test_what_is_not_an_objective_or_an_estimator_is_refused(install):
+    install("acme-odd", "thing = 3\n", objectives={"odd": "acme_odd:thing"}, estimators={"odd": "acme_odd:thing"})
+    with pytest.raises(PluginError, match="objective 'odd' of acme-odd is 3, not an Objective class"):
+        get_objective("odd")
+    with pytest.raises(PluginError, match=r"estimator 'odd' of acme-odd is 3, not a function \(objective"):
+        get_estimator("odd")
+    with pytest.raises(ValueError, match="estimator 'odd'"):
+        IWAE(k=2, gradient="odd")
+
+
+def test_an_unknown_name_lists_what_there_is():
+    with pytest.raises(PluginError, match=r"unknown objective 'iwea': choose from .*ciwae, iwae, .*vae"):
+        get_objective("iwea")
+    with pytest.raises(ValueError, match=r"unknown estimator 'drag': choose from dreg, .*vimco"):
+        get_estimator("drag")
+    with pytest.raises(PluginError, match="unknown objective None"):
+        get_objective(None)

@@ -1,0 +1,331 @@
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from mcobjectives.specs import parse_objective
+from mcobjectives_examples import render
+from mcobjectives_examples.cells import recorded, result_path, run_cell
+from mcobjectives_examples.checkpoints import CheckpointError, write_json
+from mcobjectives_examples.datasets import DATASETS, default_binarisation, load
+from mcobjectives_examples.findings import findings
+from mcobjectives_examples.paper import paper, table
+from mcobjectives_examples.presets import get_preset
+from mcobjectives_examples.tables import configurations, estimate_seconds, rows, with_results
+from mcobjectives_examples.training import Trainer
+
+CPU = torch.device("cpu")
+TINY = dataclasses.replace(get_preset("smoke"), stages=((1, 2e-3),), batch_size=500, nll_k=20)
+TABLES = list(paper()["tables"])
+
+
+def result(config, **metrics):
+    """A made-up record of a configuration."""
+    usual = {"nll": 88.0, "kl_posterior": 5.0, "active_units": [10] * config.layers}
+    return {
+        "config": config.to_dict("abc"),
+        "metrics": {**usual, "pca_active_units": [9] * config.layers, **metrics},
+        "data": {"sha256": "abc", "test": 10_000, "files": [{"verified": True}]},
+    }
+
+
+def made_up(
+    number=1, seeds=1, preset="paper", metrics=lambda row, seed: {}, missing=lambda row, seed: False, **options
+):
+    """The rows of a table with results by formula."""
+    grid = rows(number, get_preset(preset), seeds=range(seeds), **options)
+    return [
+        dataclasses.replace(
+            row, results=tuple(None if missing(row, c.seed) else result(c, **metrics(row, c.seed)) for c in row.configs)
+        )
+        for row in grid
+    ]
+
+
+def verdict(claim, table_rows):
+    [found] = [f for f in findings(table_rows) if f.claim == claim]
+    return found.verdict
+
+
+# Grids.
+
+
+def test_table_1_is_the_papers_twelve_cells():
+    cells = [(row.layers, row.objective) for row in rows(1, get_preset("paper"))]
+    assert cells == [(n, f"{name}(k={k})") for n in (1, 2) for k in (1, 5, 50) for name in ("vae", "iwae")]
+    assert [row.paper["nll"] for row in rows(1, get_preset("paper"))][:6] == [89.87, 89.87, 89.85, 87.61, 90.78, 87.13]
+
+
+@pytest.mark.parametrize("number", TABLES)
+def test_every_table_is_built_from_data_alone(number):
+    grid = table(number)
+    built = rows(number, get_preset("paper"))
+    assert grid["dataset"] in DATASETS and grid["binarisation"] == default_binarisation(grid["dataset"])
+    for row, data in zip(built, grid["rows"], strict=True):
+        [config] = row.configs
+        assert (row.paper, row.bgs16, row.after) == (data["paper"], data.get("bgs16"), data.get("after"))
+        assert (config.dataset, config.binarisation) == (grid["dataset"], grid["binarisation"])
+        assert config.layers == data["layers"] and row.k == parse_objective(data["objective"]).k and not row.capped
+        assert math.isfinite(row.paper["nll"]) and len(row.paper["active_units"]) == row.layers
+
+
+def test_an_unknown_table_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown table '11': choose from 1, 2, 3"):
+        rows("11", TINY)
+
+
+def test_equal_cells_are_trained_once():
+    def trained(number):
+        return len(configurations(rows(number, get_preset("paper"))))
+
+    assert trained(1) == 10  # VAE and IWAE of one sample are the same, in 1L and in 2L
+    assert trained(9) == 4
+    shared = configurations([*rows(2, get_preset("paper"), layers=[1]), *rows(9, get_preset("paper"))])
+    assert len(shared) == 5 + 2  # MIWAE(1, 50) is table 2's VAE and MIWAE(50, 1) its IWAE
+    assert len(configurations(rows(1, get_preset("paper"), seeds=range(3)))) == 30
+
+
+def test_layers_seeds_data_and_a_cap_choose_among_the_cells():
+    chosen = rows(1, get_preset("smoke"), dataset="digits", layers=[2], seeds=[0, 1], cap=5)
+    assert {row.layers for row in chosen} == {2} and {row.k for row in chosen} == {1, 5}
+    assert [row.capped for row in chosen] == [False] * 4 + [True] * 2
+    assert {(c.dataset, c.binarisation) for row in chosen for c in row.configs} == {("digits", "once")}
+    assert [c.seed for c in chosen[0].configs] == [0, 1]
+    assert rows(2, get_preset("bgs16"))[0].configs[0].binarisation == "epoch"
+    assert rows(1, get_preset("bgs16"))[0].configs[0].binarisation == "fixed"
+
+
+def test_table_10_continues_finished_first_stages_by_the_papers_schedule():
+    ordered = configurations(rows(10, get_preset("paper")))
+    firsts = [config for config in ordered if config.after is None]
+    assert ordered[: len(firsts)] == firsts and len(firsts) == 3 and len(ordered) == 7
+    assert all(config.preset == get_preset("paper") for config in firsts)
+    assert all(config.preset.stages == ((2187, 1e-4),) for config in ordered[3:])
+    assert {config.first_stage_name for config in ordered[3:]} == {config.name for config in firsts}
+    assert set(firsts) <= set(configurations(rows(1, get_preset("paper"))))  # table 1's runs serve
+
+
+def test_an_estimate_counts_every_cell():
+    digits = load("digits")
+    cells = configurations(rows(1, TINY, dataset="digits", layers=[1], cap=2))
+    long = [dataclasses.replace(c, preset=TINY.with_passes(1000)) for c in cells]
+    assert 0 < estimate_seconds(cells, digits, CPU) < estimate_seconds(long, digits, CPU)
+
+
+# Findings.
+
+
+@pytest.mark.parametrize(
+    ("nll", "seeds", "expected"),
+    [
+        ((90.0, 88.0, 87.0), 1, "holds"),
+        ((90.0, 88.0, 87.5), 1, "within noise"),
+        ((90.0, 88.0, 88.1), 2, "within noise"),
+        ((90.0, 88.0, 89.0), 1, "does not hold"),
+        ((90.0, 90.2, 88.0), 1, "within noise"),
+        ((90.0, 91.0, 87.9), 1, "does not hold"),
+        ((90.0, 88.0, 88.0), 1, "within noise"),
+    ],
+)
+def test_iwae_falls_with_k(nll, seeds, expected):
+    def metrics(row, seed):
+        return {"nll": dict(zip((1, 5, 50), nll, strict=True))[row.k]}
+
+    assert verdict("1L: IWAE's NLL falls with k", made_up(metrics=metrics, seeds=seeds)) == expected
+
+
+@pytest.mark.parametrize(
+    ("spread", "last", "expected"),
+    [(0.0, 87.9, "holds"), (0.0, 88.1, "does not hold"), (0.5, 87.9, "within noise"), (0.5, 85.0, "holds")],
+)
+def test_with_three_seeds_noise_is_two_standard_errors(spread, last, expected):
+    def metrics(row, seed):
+        mean = {1: 90.0, 5: 88.0, 50: last}[row.k] if row.family == "iwae" else 90.0
+        return {"nll": mean + spread * (seed - 1)}
+
+    assert verdict("1L: IWAE's NLL falls with k", made_up(metrics=metrics, seeds=3)) == expected
+
+
+@pytest.mark.parametrize(("last", "expected"), [(91.0, "holds"), (89.7, "within noise"), (89.0, "does not hold")])
+def test_vae_does_not_fall_with_k(last, expected):
+    def metrics(row, seed):
+        return {"nll": last if (row.family, row.k) == ("vae", 50) else 90.0}
+
+    assert verdict("2L: VAE's NLL does not fall with k", made_up(metrics=metrics)) == expected
+
+
+def test_depth_kl_and_active_units():
+    def metrics(row, seed):
+        units = 20 if row.family == "iwae" and row.k > 1 else 10
+        return {"nll": 90.0 - row.layers, "kl_posterior": 5.0 + row.k, "active_units": [units] * row.layers}
+
+    done = made_up(metrics=metrics)
+    assert verdict("two stochastic layers beat one", done) == "holds"
+    assert verdict("1L: KL(q || posterior) grows with k for IWAE", done) == "holds"
+    assert verdict("2L: IWAE has more active units than VAE", done) == "holds"
+
+
+def test_a_claim_about_a_missing_cell_is_not_run_and_the_others_stand():
+    done = made_up(missing=lambda row, seed: (row.layers, row.objective) == (1, "iwae(k=50)"))
+    assert verdict("1L: IWAE's NLL falls with k", done) == "not run"
+    assert verdict("two stochastic layers beat one", done) == "not run"
+    assert verdict("1L: VAE's NLL does not fall with k", done) == "within noise"
+    [found] = [f for f in findings(done) if f.claim == "1L: IWAE's NLL falls with k"]
+    assert found.figures == "1L iwae(k=1) 88 -> 1L iwae(k=5) 88 -> 1L iwae(k=50) not run"
+
+
+def test_findings_are_about_the_k_that_was_trained():
+    done = made_up(preset="smoke", dataset="digits", cap=2)
+    figures = {f.claim: f.figures for f in findings(done)}
+    assert figures["1L: IWAE's NLL falls with k"] == "1L iwae(k=1) 88 -> 1L iwae(k=2) 88"
+    assert not [f for f in findings(made_up(preset="smoke", dataset="digits", cap=1)) if "falls" in f.claim]
+
+
+def test_the_papers_own_numbers_give_its_findings():
+    done = made_up(metrics=lambda row, seed: row.paper)
+    assert {f.claim: f.verdict for f in findings(done)} == {
+        "1L: IWAE's NLL falls with k": "within noise",  # 87.61 -> 87.13 nats
+        "1L: VAE's NLL does not fall with k": "holds",
+        "1L: KL(q || posterior) grows with k for IWAE": "holds",
+        "2L: IWAE's NLL falls with k": "holds",
+        "2L: VAE's NLL does not fall with k": "within noise",  # 86.81 -> 86.43 nats
+        "2L: KL(q || posterior) grows with k for IWAE": "holds",
+        "two stochastic layers beat one": "holds",
+        "1L: IWAE has more active units than VAE": "holds",
+        "2L: IWAE has more active units than VAE": "holds",
+    }
+
+
+@pytest.mark.parametrize("number", TABLES[1:])
+def test_every_table_has_findings_or_none_without_failing(number):
+    assert isinstance(findings(made_up(number)), list)
+
+
+# Rendering.
+
+
+def test_differences_stand_beside_the_papers_numbers():
+    [row] = [r for r in made_up() if (r.layers, r.objective) == (2, "iwae(k=50)")]
+    units = ["10+10/43+11", "9+9/26+11", "5.00/9.89"]
+    assert render.cells(row) == ["2", "iwae", "50", "88.00", "84.77 +3.23", "85.32 +2.68", *units]
+
+
+def test_seeds_are_averaged_and_missing_ones_counted():
+    done = made_up(seeds=3, metrics=lambda row, seed: {"nll": 87.0 + seed}, missing=lambda row, seed: seed == 2)
+    assert render.cells(done[0])[3] == "87.50 ± 0.71 (2/3 seeds)"
+
+
+def test_a_partly_run_table_marks_what_is_missing():
+    done = made_up(missing=lambda row, seed: row.layers == 2)
+    text = render.markdown("Table 1", done, findings(done))
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == 14 and len({line.count("|") for line in lines}) == 1
+    assert sum("not run" in line for line in lines) == 6
+    assert "- *not run*: two stochastic layers beat one: 1L vae(k=1) 88 -> 2L vae(k=1) not run" in text
+
+
+def test_other_data_than_the_papers_is_never_compared():
+    done = made_up(preset="smoke", dataset="digits", cap=5)
+    assert "+" not in "".join(render.cells(done[5])[4:6])
+    assert all(row["difference"] is None for row in render.as_json("t", done, [])["rows"])
+    caption = render.caption(done)
+    for part in ("preset smoke: 12 passes (the paper's: 3280)", "1 seed;", "digits, binarisation once", "sha256 abc"):
+        assert part in caption
+    assert "k capped at 5" in caption and "not the paper's data set" in caption
+
+
+def test_the_caption_tells_what_was_evaluated():
+    assert "NLL by IWAE-5000 on 500 random test images" in render.caption(made_up(preset="smoke"))
+    assert "NLL by IWAE-5000 on all test images" in render.caption(made_up(preset="paper"))
+    assert "3280 and 2187 passes (the paper's: 3280 and 2187)" in render.caption(made_up(10))
+    assert "10 of k samples back-propagated" in render.caption(made_up(preset="short"))
+
+
+@pytest.mark.parametrize("number", TABLES)
+def test_json_and_markdown_of_every_table_also_when_nothing_is_run(number):
+    for done in (made_up(number), made_up(number, missing=lambda row, seed: True)):
+        found = findings(done)
+        record = json.loads(json.dumps(render.as_json("t", done, found), allow_nan=False))
+        assert [row["objective"] for row in record["rows"]] == [row["objective"] for row in table(number)["rows"]]
+        assert render.markdown("t", done, found).startswith("**t.** ")
+
+
+# Cells.
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")
+
+
+@pytest.fixture
+def config():
+    return rows(1, TINY, dataset="digits", cap=2)[3].configs[0]
+
+
+def test_a_result_tells_where_it_comes_from(config, digits, tmp_path):
+    found = run_cell(config, digits, tmp_path, CPU)
+    assert json.loads(result_path(tmp_path, config).read_text()) == found
+    assert found["config"] == config.to_dict(digits.checksum) and found["config"]["seed"] == 0
+    assert found["data"]["sha256"] == digits.checksum and found["data"]["test"] == 297
+    assert {"mcobjectives", "torch", "numpy", "python"} <= found["provenance"]["versions"].keys()
+    assert {"commit", "machine", "date"} <= found["provenance"].keys()
+    assert found["seconds"]["train"] > 0 and found["seconds"]["evaluate"] > 0
+    assert found["metrics"]["points"] == 297 and found["metrics"]["k"] == 20
+    assert len(found["learning_curve"]) == 1 and found["engine"] == "eager"
+    assert run_cell(config, digits, tmp_path, CPU) == found  # and is not run again
+
+
+def test_a_result_of_other_settings_is_refused_and_kept(config, digits, tmp_path):
+    write_json(result_path(tmp_path, config), result(config))
+    assert recorded(tmp_path, config)["metrics"]["nll"] == 88.0
+    other = dataclasses.replace(config, preset=TINY.with_passes(7))
+    before = result_path(tmp_path, config).read_bytes()
+    with pytest.raises(CheckpointError, match=r"recorded with other settings \(preset\): choose another --out"):
+        recorded(tmp_path, other)
+    with pytest.raises(CheckpointError, match=r"\(data_sha256\)"):
+        run_cell(config, digits, tmp_path, CPU)
+    assert result_path(tmp_path, config).read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"config": 3}', '{"config": {}}'])
+def test_a_foreign_result_is_refused(config, tmp_path, text):
+    result_path(tmp_path, config).write_text(text)
+    with pytest.raises(CheckpointError, match="move it away"):
+        recorded(tmp_path, config)
+
+
+def test_a_table_is_rendered_from_the_files(tmp_path):
+    grid = rows(1, TINY, dataset="digits", cap=2)
+    for config in configurations(grid)[:3]:
+        write_json(result_path(tmp_path, config), result(config))
+    done = with_results(grid, tmp_path)
+    # Three files serve every row that the cap and k = 1 make equal.
+    assert [row.complete for row in done] == [True] * 6 + [False] * 6
+
+
+def test_the_second_stage_starts_from_the_first_ones_parameters(digits, tmp_path, monkeypatch):
+    row = rows(10, TINY, dataset="digits", cap=2)[0]
+    [first], [second] = row.first_stages, row.configs
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        run_cell(second, digits, tmp_path, CPU)
+    run_cell(first, digits, tmp_path, CPU)
+    trained = torch.load(tmp_path / f"{first.name}.pt", weights_only=True)["model"]
+    frozen = dataclasses.replace(second, preset=dataclasses.replace(TINY, stages=((1, 0.0),)))
+    assert run_cell(frozen, digits, tmp_path, CPU)["config"]["after"] == first.objective
+    kept = torch.load(tmp_path / f"{second.name}.pt", weights_only=True)["model"]
+    assert all(torch.equal(kept[name], trained[name]) for name in trained)
+
+
+def test_the_second_stage_wants_its_own_finished_first_stage(digits, tmp_path):
+    row = rows(10, TINY, dataset="digits", cap=2)[0]
+    [first], [second] = row.first_stages, row.configs
+    path = tmp_path / f"{first.name}.pt"
+    Trainer(first, digits, CPU, path).save()
+    with pytest.raises(CheckpointError, match="not trained to its end"):
+        run_cell(second, digits, tmp_path, CPU)
+    Trainer(dataclasses.replace(first, seed=5), digits, CPU, path).save()
+    with pytest.raises(CheckpointError, match="not the first stage"):
+        run_cell(second, digits, tmp_path, CPU)

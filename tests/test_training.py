@@ -1,0 +1,524 @@
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from itertools import accumulate
+
+import pytest
+import torch
+
+from mcobjectives import IWAE
+from mcobjectives_examples import checkpoints, engine, training
+from mcobjectives_examples.checkpoints import CheckpointError, OutputError
+from mcobjectives_examples.datasets import DataError, load
+from mcobjectives_examples.engine import Engine, HalfWhereNoGradient, choose_engine, make_step
+from mcobjectives_examples.presets import PRESETS, capped, configured, get_preset
+from mcobjectives_examples.training import Config, Interrupted, Trainer, TrainingError, canonical
+
+CPU = torch.device("cpu")
+# 1500 images in batches of 400: three whole ones and one of 300.
+TINY = dataclasses.replace(get_preset("smoke"), stages=((3, 2e-3),), batch_size=400, nll_k=20)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")
+
+
+@pytest.fixture
+def trainer(digits, tmp_path):
+    def build(name="run.pt", preset=TINY, engine="eager", note=lambda text: None, **changes):
+        settings = {"dataset": "digits", "binarisation": "once", "layers": 1, "objective": "iwae(k=3)"}
+        return Trainer(
+            Config(**settings | changes, preset=preset), digits, CPU, tmp_path / name, engine=engine, note=note
+        )
+
+    return build
+
+
+def until(steps):
+    """Arguments of `run` that stop it after so many steps."""
+    taken = []
+    return taken.append, lambda: len(taken) >= steps
+
+
+def same(a, b):
+    """Whether two trainers hold the same bits."""
+    pairs = zip(a.model.parameters(), b.model.parameters(), strict=True)
+    moments = zip(a.optimiser.state.values(), b.optimiser.state.values(), strict=True)
+    return (
+        all(torch.equal(x, y) for x, y in pairs)
+        and all(torch.equal(x[key], y[key]) for x, y in moments for key in x)
+        and a.history == b.history
+    )
+
+
+# Presets.
+
+
+def test_the_papers_schedule():
+    paper = get_preset("paper")
+    ends = list(accumulate(3**i for i in range(8)))
+    assert paper.passes == ends[-1] == 3280
+    for i, end in enumerate(ends):
+        rate = 1e-4 * 10 ** (-i / 7)
+        assert paper.learning_rate(end - 3**i) == paper.learning_rate(end - 0.01) == pytest.approx(rate, rel=1e-12)
+    assert (paper.batch_size, paper.betas, paper.eps, paper.nll_k) == (100, (0.9, 0.999), 1e-4, 5000)
+    assert get_preset("bgs16").learning_rate(0) == 1e-3
+
+
+@pytest.mark.parametrize("passes", [1, 12, 200])
+def test_one_cycle_warms_up_over_a_tenth_and_falls_to_zero(passes):
+    preset = get_preset("short").with_passes(passes)
+    rates = [preset.learning_rate(passes * i / 1000) for i in range(1001)]
+    assert max(rates) == rates[100] == pytest.approx(2e-3)
+    assert rates[:101] == sorted(rates[:101]) and rates[100:] == sorted(rates[100:], reverse=True)
+    assert rates[-1] == pytest.approx(0, abs=1e-9)
+
+
+def test_fewer_passes_cut_the_stages_and_more_are_refused():
+    paper = get_preset("paper")
+    assert [passes for passes, _ in paper.with_passes(5).stages] == [1, 3, 1]
+    assert paper.with_passes(5).learning_rate(4.5) == paper.learning_rate(4.5)
+    with pytest.raises(ValueError, match="3281 are more than its schedule"):
+        paper.with_passes(3281)
+
+
+def test_a_second_stage_is_no_longer_than_the_first():
+    paper = get_preset("paper")
+    assert paper.continued(2187, 1e-4).stages == ((2187, 1e-4),)
+    assert paper.with_passes(4).continued(2187, 1e-4).stages == ((4, 1e-4),)
+    assert get_preset("smoke").continued(2187, 1e-4) == get_preset("smoke")
+
+
+def test_overrides():
+    preset, cap = configured("smoke", ["passes=3", "batch_size=7", "nll_k=11", "test_images=5", "k=4"])
+    assert (preset.passes, preset.batch_size, preset.nll_k, preset.test_images, cap) == (3, 7, 11, 5, 4)
+
+
+@pytest.mark.parametrize("text", ["passes", "passes=0", "passes=-1", "passes=1.5", "lr=1", ""])
+def test_bad_overrides_are_refused(text):
+    with pytest.raises(ValueError, match=r"must be an integer|cannot set"):
+        configured("smoke", [text])
+
+
+@pytest.mark.parametrize(
+    ("spec", "k"), [("iwae(k=50)", 4), ("vae(k=2)", 2), ("power(k=50, p=3)", 4), ("miwae(k1=5, k2=10)", 4)]
+)
+def test_a_cap_on_k(spec, k):
+    assert engine_objective(capped(spec, 4)).k == k
+    assert capped(spec, None) == spec
+
+
+def engine_objective(spec):
+    return training.training_objective(spec, TINY)
+
+
+def test_a_split_cannot_be_capped():
+    with pytest.raises(ValueError, match="give its parts fewer samples"):
+        capped("split(generative=iwae(k=6), inference=vae(k=6))", 2)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("dataset", ["binarized_mnist", "mnist"])
+def test_what_is_binary_already_stays_fixed(name, dataset):
+    expected = "fixed" if dataset == "binarized_mnist" else "epoch" if name == "bgs16" else "once"
+    assert get_preset(name).binarisation_of(dataset) == expected
+
+
+# Configurations.
+
+
+def test_a_configuration_survives_json():
+    config = Config("digits", "once", 2, "iwae(k=3)", get_preset("paper"), seed=3, after="vae(k=1)")
+    record = json.loads(json.dumps(config.to_dict("abc")))
+    assert Config.from_dict(record) == config and record["data_sha256"] == "abc"
+
+
+def test_every_configuration_has_its_own_file_name():
+    base = Config("digits", "once", 1, "iwae(k=3)", TINY)
+    others = [
+        dataclasses.replace(base, **change)
+        for change in (
+            {"dataset": "mnist"},
+            {"binarisation": "epoch"},
+            {"layers": 2},
+            {"seed": 1},
+            {"after": "vae(k=1)"},
+            {"objective": "iwae(k=30)"},
+            {"objective": "power(k=3, p=1.0)"},
+            {"objective": "power(k=3, p=-1.0)"},
+            {"objective": "iwae(k=3, gradient='dreg')"},
+        )
+    ]
+    names = {config.name for config in [base, *others]}
+    assert len(names) == 10 and all("/" not in name and " " not in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("iwae", "iwae(k=50)"),
+        ("iwae(k=1)", "vae(k=1)"),
+        ("miwae(k1=1, k2=50)", "vae(k=50)"),
+        ("miwae(k1=50, k2=1)", "iwae(k=50)"),
+        ("miwae(k1=1, k2=1)", "vae(k=1)"),
+        ("vae(k=2, analytic_kl=True)", "vae(k=2, analytic_kl=True)"),
+        ("iwae(k=1, gradient='dreg')", "iwae(k=1, gradient='dreg')"),
+    ],
+)
+def test_equal_objectives_have_one_canonical_spec(spec, expected):
+    assert training.parse_objective(canonical(spec)) == training.parse_objective(expected)
+    assert canonical(canonical(spec)) == canonical(spec)
+
+
+def test_a_split_is_canonical_too():
+    spec = "split(generative=iwae(k=6), inference=miwae(k1=3, k2=2))"
+    assert training.parse_objective(canonical(spec)) == training.parse_objective(spec)
+
+
+# Training.
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(trainer):
+    runs = [trainer(f"{i}.pt", seed=seed) for i, seed in enumerate((0, 0, 1))]
+    for run in runs:
+        run.run()
+    assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
+    assert runs[0].history == sorted(runs[0].history)  # and it learns
+
+
+@pytest.mark.parametrize("binarisation", ["once", "epoch"])
+@pytest.mark.parametrize("steps", [1, 4, 6, 7, 8, 12])
+def test_an_interrupted_run_ends_with_the_same_bits(trainer, binarisation, steps):
+    whole = trainer("whole.pt", binarisation=binarisation, objective="iwae(k=3, backward_samples=2)")
+    whole.run()
+    first = trainer(binarisation=binarisation, objective="iwae(k=3, backward_samples=2)")
+    with pytest.raises(Interrupted) if steps < 12 else contextlib.nullcontext():
+        first.run(*until(steps))
+    second = trainer(binarisation=binarisation, objective="iwae(k=3, backward_samples=2)")
+    torch.manual_seed(999)  # whatever the state of the process was
+    assert second.restore()
+    second.run()
+    assert same(second, whole)
+
+
+def recording(seen):
+    """A `make_step` that keeps every batch and whose loss is its mean number of bright pixels."""
+    return lambda *arguments: lambda x: seen.append(x) or x.sum(1).mean()
+
+
+def test_every_image_counts_once_in_a_pass(trainer, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "make_step", recording(seen))
+    run = trainer()
+    run.run()
+    assert [len(x) for x in seen] == [400, 400, 400, 300] * 3
+    for i in range(3):
+        ordered = torch.cat(seen[4 * i : 4 * i + 4])
+        assert torch.equal(ordered.unique(dim=0), run.pixels.unique(dim=0))
+        assert not torch.equal(ordered, torch.cat(seen[4 * i - 4 : 4 * i] or seen[4:8]))
+    torch.testing.assert_close(run.history, [-float(run.pixels.sum(1).double().mean())] * 3, rtol=1e-6, atol=0)
+
+
+def test_binarised_once_or_before_every_pass(trainer, monkeypatch):
+    for binarisation, distinct in (("once", 1), ("epoch", 3)):
+        seen = []
+        monkeypatch.setattr(training, "make_step", recording(seen))
+        trainer(f"{binarisation}.pt", binarisation=binarisation).run()
+        counts = [float(torch.cat(seen[4 * i : 4 * i + 4]).sum()) for i in range(3)]
+        assert len(set(counts)) == distinct and all(((x == 0) | (x == 1)).all() for x in seen)
+
+
+@pytest.mark.parametrize("binarisation", ["fixed", "twice"])
+def test_an_unfit_binarisation_is_refused_at_once(trainer, binarisation):
+    with pytest.raises(DataError, match="binarisation"):
+        trainer(binarisation=binarisation)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31])
+def test_a_seed_out_of_range_is_refused(trainer, seed):
+    with pytest.raises(ValueError, match="seed must be from 0"):
+        trainer(seed=seed)
+
+
+# Not finite any more.
+
+
+def test_a_bound_that_is_not_finite_keeps_the_checkpoint_before(trainer, monkeypatch):
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    run = trainer()
+    good = run.checkpoint
+    monkeypatch.setattr(training, "make_step", lambda *a: lambda x: x.mean() * (math.nan if run.epoch == 1 else 1))
+    with pytest.raises(TrainingError, match=r"pass 2: the mean bound is nan; .*run\.pt"):
+        run.run()
+    kept = checkpoints.load(good, run.record, CPU)
+    assert kept["position"] == {"epoch": 1, "step": 0, "total": 0.0} and len(kept["history"]) == 1
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_parameters_that_are_not_finite_are_never_saved(trainer, monkeypatch, stopped):
+    run = trainer()
+
+    def ruin(x):
+        if run.epoch == 2 and run.step == 1:
+            next(run.model.parameters()).data.fill_(math.nan)
+        return x.mean()
+
+    monkeypatch.setattr(training, "make_step", lambda *a: ruin)
+    with pytest.raises(TrainingError, match="pass 3: a parameter"):
+        run.run(*until(10 if stopped else 99))
+    again = trainer()
+    assert again.restore() and all(torch.isfinite(p).all() for p in again.model.parameters())
+
+
+def test_a_learning_rate_that_is_far_too_large_is_a_training_error(trainer):
+    run = trainer(preset=dataclasses.replace(TINY, stages=((3, 1e30),), one_cycle=False))
+    with pytest.raises(TrainingError, match="pass 1: "):
+        run.run()
+
+
+# Checkpoints.
+
+
+@pytest.fixture
+def saved(trainer):
+    """A run, interrupted with a checkpoint."""
+    run = trainer()
+    with pytest.raises(Interrupted):
+        run.run(*until(2))
+    return run
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_a_crash_while_writing_keeps_the_old_file(saved, monkeypatch, function):
+    old = saved.checkpoint.read_bytes()
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, function, fail)
+    with pytest.raises(OutputError, match="No space left on device: choose another folder with --out"):
+        saved.save()
+    assert saved.checkpoint.read_bytes() == old
+    assert os.listdir(saved.checkpoint.parent) == ["run.pt"]
+
+
+def test_a_disk_that_fills_up_keeps_the_old_file(saved):
+    old = saved.checkpoint.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, limits[1]))
+    try:
+        with pytest.raises(OutputError, match="cannot write"):
+            saved.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert saved.checkpoint.read_bytes() == old
+    assert os.listdir(saved.checkpoint.parent) == ["run.pt"]
+
+
+def test_a_folder_that_cannot_be_written_shows_before_the_first_step(trainer, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    run = trainer("out/run.pt")
+    with pytest.raises(OutputError, match="cannot write"):
+        run.run()
+    assert run.step == run.epoch == 0
+
+
+def test_files_get_the_usual_permissions(saved, tmp_path):
+    (tmp_path / "usual").write_text("")
+    assert saved.checkpoint.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_code_in_a_checkpoint_is_not_run(saved, trainer, tmp_path):
+    state = torch.load(saved.checkpoint, weights_only=True)
+    torch.save(state | {"history": Evil(tmp_path / "owned")}, saved.checkpoint)
+    old = saved.checkpoint.read_bytes()
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        trainer().restore()
+    assert not (tmp_path / "owned").exists() and saved.checkpoint.read_bytes() == old
+
+
+SPOIL = {
+    "empty": lambda path, state: path.write_bytes(b""),
+    "garbage": lambda path, state: path.write_bytes(b"garbage" * 1000),
+    "half": lambda path, state: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "a few bytes short": lambda path, state: path.write_bytes(path.read_bytes()[:-30]),
+    "a list": lambda path, state: torch.save([1], path),
+    "a tensor": lambda path, state: torch.save(torch.ones(3), path),
+    "another format": lambda path, state: torch.save(state | {"format": 99}, path),
+    "no configuration": lambda path, state: torch.save({"format": 1}, path),
+    "a broken configuration": lambda path, state: torch.save(state | {"config": "{"}, path),
+    "another run's": lambda path, state: torch.save(state | {"config": state["config"].replace("iwae", "vae")}, path),
+    "no optimiser": lambda path, state: torch.save({k: v for k, v in state.items() if k != "optimiser"}, path),
+    "another model's": lambda path, state: torch.save(state | {"model": {"weight": torch.ones(2)}}, path),
+    "no model at all": lambda path, state: torch.save(state | {"model": 3}, path),
+    "a foreign position": lambda path, state: torch.save(state | {"position": None}, path),
+    "a foreign generator": lambda path, state: torch.save(state | {"rng": {"cpu": torch.ones(3)}}, path),
+}
+
+
+@pytest.mark.parametrize("how", SPOIL)
+def test_a_spoilt_checkpoint_is_refused_and_kept(saved, trainer, how):
+    path = saved.checkpoint
+    SPOIL[how](path, torch.load(path, weights_only=True))
+    old = path.read_bytes()
+    with pytest.raises(CheckpointError, match=r"run\.pt .*move it away") as error:
+        trainer().restore()
+    assert path.read_bytes() == old and "\n" not in str(error.value)
+
+
+def test_a_mismatch_says_what_differs(saved, trainer):
+    with pytest.raises(CheckpointError, match=r"differs in objective, seed"):
+        trainer(objective="vae(k=3)", seed=2).restore()
+
+
+# Engines.
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+
+
+@pytest.mark.parametrize("wanted", ["auto", "compiled"])
+def test_without_a_compiler_steps_are_eager_and_the_user_is_told(trainer, no_compiler, wanted):
+    run = trainer()
+    chosen = choose_engine(wanted, run.objective, run.model, run.pixels[:100], steps=10**9)
+    assert chosen == Engine("eager", "no working compiler (RuntimeError)")
+    notes = []
+    told = trainer(engine="compiled", note=notes.append)
+    told.run()
+    assert notes == ["eager steps: no working compiler (RuntimeError)"] and len(told.history) == 3
+
+
+def test_choosing_an_engine_leaves_no_trace(trainer):
+    run = trainer()
+    state, parameters = torch.get_rng_state(), [p.clone() for p in run.model.parameters()]
+    assert choose_engine("auto", run.objective, run.model, run.pixels[:100], steps=10).name == "eager"
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None and torch.equal(p, q) for p, q in zip(run.model.parameters(), parameters, strict=True))
+
+
+def test_a_restarted_run_keeps_its_engine(saved, trainer):
+    notes = []
+    again = trainer(engine="compiled", note=notes.append)
+    again.restore()
+    again.run()
+    assert notes == ["eager steps: as in the checkpoint"]
+
+
+def test_an_unknown_engine_is_refused(trainer):
+    with pytest.raises(ValueError, match="unknown engine 'fast': choose from auto, eager, compiled"):
+        trainer(engine="fast")
+
+
+def test_only_whole_batches_are_compiled_wherever_a_run_begins(trainer, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(engine, "compile_loss", lambda loss: lambda x: compiled.append(len(x)) or loss(x))
+    run = trainer()
+    step = make_step(Engine("compiled", ""), run.objective, run.model, run.optimiser, "highest", 400)
+    for n in (300, 400, 400, 300):  # a run restarted before its last batch meets the smaller one first
+        step(run.pixels[:n])
+    assert compiled == [400, 400]
+
+
+def test_mixed_precision_is_within_its_error(trainer):
+    run, objective = trainer(), IWAE(k=50)
+    bounds = []
+    for model in (run.model, HalfWhereNoGradient(run.model)):
+        torch.manual_seed(0)
+        bounds.append(objective.bound(model, run.pixels[:200]))
+    error = (bounds[1] - bounds[0]).abs()
+    assert 0 < error.max() < 0.5 and (bounds[1] - bounds[0]).mean().abs() < 0.02
+
+
+def test_resampled_mixed_training_ends_where_the_exact_one_does(trainer):
+    def final(name, **changes):
+        preset = dataclasses.replace(TINY, stages=((8, 2e-3),), **changes)
+        runs = [trainer(f"{name}{seed}.pt", preset=preset, objective="iwae(k=10)", seed=seed) for seed in range(2)]
+        for run in runs:
+            run.run()
+        return sum(run.history[-1] for run in runs) / 2
+
+    exact, cheap = final("exact"), final("cheap", backward_samples=3, precision="mixed")
+    configured("smoke", [])
+    assert abs(exact - cheap) < 0.3
+
+
+@pytest.mark.slow
+def test_compiled_steps_equal_eager_ones_and_are_compiled_once(trainer):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    before = counters["stats"]["unique_graphs"]
+    runs = [trainer(f"{name}.pt", engine=name) for name in ("eager", "compiled")]
+    for run in runs:
+        run.run()
+    assert [run.engine.name for run in runs] == ["eager", "compiled"]
+    torch.testing.assert_close(runs[1].history, runs[0].history, rtol=1e-4, atol=0)
+    assert counters["stats"]["unique_graphs"] - before <= 2  # the probe and the step, not one a pass
+
+
+# Killed.
+
+MCOBJ = """
+import sys
+from mcobjectives.cli import main
+from mcobjectives_examples import training
+training.SECONDS_BETWEEN_CHECKPOINTS = -1.0
+sys.argv = ["mcobj", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("binarisation", ["once", "epoch"])
+def test_a_killed_run_ends_with_the_same_bits(trainer, tmp_path, binarisation):
+    preset = configured("smoke", ["passes=15", "nll_k=20", "batch_size=400"])[0]
+    whole = trainer("whole.pt", preset=preset, binarisation=binarisation)
+    whole.run()
+    command = [sys.executable, "-c", MCOBJ, "train", "--dataset", "digits", "--objective", "iwae(k=3)", "--device=cpu"]
+    command += ["--engine=eager", "--set=passes=15", "--set=nll_k=20", "--set=batch_size=400"]
+    command += ["--binarisation", binarisation, "--out", str(tmp_path / "out")]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    checkpoint = tmp_path / "out" / f"{whole.config.name}.pt"
+
+    def start():
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    for writes, pause in ((3, 0.0), (4, 0.005)):
+        process, inode = start(), None
+        while writes and process.poll() is None:
+            with contextlib.suppress(FileNotFoundError):
+                if (now := checkpoint.stat().st_ino) != inode:
+                    inode, writes = now, writes - 1
+            time.sleep(0.0005)
+        time.sleep(pause)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, process.stderr.read()
+        process.stderr.close()
+        assert 0 < checkpoints.load(checkpoint, None, CPU)["position"]["epoch"] < 15
+    process = start()
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    state = checkpoints.load(checkpoint, whole.record, CPU)
+    assert state["history"] == whole.history
+    assert all(torch.equal(value, whole.model.state_dict()[name]) for name, value in state["model"].items())
