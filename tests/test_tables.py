@@ -217,6 +217,12 @@ def test_seeds_are_averaged_and_missing_ones_counted():
     assert render.cells(done[0])[3] == "87.50 ± 0.71 (2/3 seeds)"
 
 
+def test_a_metric_that_some_results_lack_is_averaged_over_the_others():
+    done = made_up(seeds=3, metrics=lambda row, seed: {"nll_pruned": 90.0 + seed} if seed else {})
+    assert done[0].values("nll_pruned") == [91.0, 92.0] and done[0].mean("nll_pruned") == 91.5
+    assert made_up(metrics=lambda row, seed: {"nll_pruned": None})[0].mean("nll_pruned") is None
+
+
 def test_a_partly_run_table_marks_what_is_missing():
     done = made_up(missing=lambda row, seed: row.layers == 2)
     text = render.markdown("Table 1", done, findings(done))
@@ -275,6 +281,9 @@ def test_a_result_tells_where_it_comes_from(config, digits, tmp_path):
     assert found["seconds"]["train"] > 0 and found["seconds"]["evaluate"] > 0
     assert found["metrics"]["points"] == 297 and found["metrics"]["k"] == 20
     assert len(found["learning_curve"]) == 1 and found["engine"] == "eager"
+    numbers = ("log_p_x_given_h", "kl_prior", "kl_posterior", "nll_pruned", "nll_unpruned_same_images")
+    assert all(math.isfinite(found["metrics"][name]) for name in (*numbers, "reconstruction_error"))
+    assert found["metrics"]["pruned_images"] == 297
     assert run_cell(config, digits, tmp_path, CPU) == found  # and is not run again
 
 

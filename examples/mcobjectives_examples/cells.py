@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,16 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mcobjectives.evaluation import evaluate, layer_activity
+from mcobjectives.evaluation import Activity, Evaluation, evaluate, layer_activity
+from mcobjectives.likelihoods import bernoulli_log_likelihood
 from mcobjectives_examples import checkpoints
 from mcobjectives_examples.datasets import Dataset, test_set
 from mcobjectives_examples.engine import set_precision
 from mcobjectives_examples.models import PaperModel
 from mcobjectives_examples.presets import Preset
 from mcobjectives_examples.provenance import provenance
+from mcobjectives_examples.pruning import pruned
 from mcobjectives_examples.training import Config, Interrupted, Progress, Trainer
 
 EVALUATION_SEED = 20210401
+PRUNED_IMAGES = 1000
+"""At most so many test images are evaluated a second time, by the pruned model."""
 OnProgress = Callable[[str, float, float], None]
 """(what is being done, done, total)."""
 
@@ -110,25 +115,80 @@ def evaluate_model(
     on_progress: OnProgress = lambda what, done, total: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """NLL and its companions on the test images, and active units per layer, as plain values."""
+    """What a cell records of its model on the test images, as plain values; log-probabilities are in nats per image.
+
+    All of `Evaluation.to_dict`; active units of each layer; `reconstruction_error`; and the pruned model's
+    `nll_pruned` on `pruned_images` of the images, beside `nll_unpruned_same_images` and the standard error
+    `nll_pruned_stderr` of their difference.
+    """
     device = next(model.parameters()).device
     images = images.to(device)
     set_precision("highest")
     torch.manual_seed(EVALUATION_SEED)
     model.eval()
 
-    def progress(done: int) -> None:
-        on_progress("evaluate", done, len(images))
-        if stop():
-            raise Interrupted
+    def progress(what: str, total: int) -> Callable[[int], None]:
+        def report(done: int) -> None:
+            on_progress(what, done, total)
+            if stop():
+                raise Interrupted
+
+        return report
 
     with torch.no_grad():
-        evaluation = evaluate(model, images, k=preset.nll_k, progress=progress)
+        evaluation = evaluate(model, images, k=preset.nll_k, progress=progress("evaluate", len(images)))
         layers = layer_activity(model, images)
+        n = min(PRUNED_IMAGES, len(images))
+        pruning = evaluate_pruned(model, images, layers, evaluation, n, progress("evaluate pruned", n))
+        error = reconstruction_error(model, images)
     return evaluation.to_dict() | {
         "active_units": [layer.active for layer in layers],
         "pca_active_units": [layer.pca for layer in layers],
+        "reconstruction_error": _finite(error),
+        **pruning,
     }
+
+
+def reconstruction_error(model: PaperModel, images: Tensor) -> float:
+    """The cross-entropy between an image and its reconstruction, summed over pixels: mean nats per image.
+
+    The paper's: an image is encoded to the topmost layer and decoded again; but by conditional means, where the
+    paper takes one sample of every layer.
+    """
+    found = [bernoulli_log_likelihood(model.reconstruct(batch), batch).double() for batch in images.split(1000)]
+    return -float(torch.cat(found).mean())
+
+
+def evaluate_pruned(
+    model: PaperModel,
+    images: Tensor,
+    layers: list[Activity],
+    evaluation: Evaluation,
+    n: int,
+    progress: Callable[[int], None],
+) -> dict[str, Any]:
+    """NLL without the inactive units, on n random images, and of the whole model on those very images.
+
+    `layers` and `evaluation` are the whole model's on all images; where every unit is active, its numbers serve.
+    """
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(EVALUATION_SEED))[:n]
+    whole = evaluation.log_likelihood[chosen]
+    without = whole
+    if any(layer.active < len(layer.variance) for layer in layers):
+        small = pruned(model, [layer.units for layer in layers])
+        torch.manual_seed(EVALUATION_SEED)
+        without = evaluate(small, images[chosen.to(images.device)], k=evaluation.k, progress=progress).log_likelihood
+    stderr = float((whole - without).std() / math.sqrt(n)) if n > 1 else math.nan
+    return {
+        "pruned_images": n,
+        "nll_pruned": _finite(-float(without.mean())),
+        "nll_unpruned_same_images": _finite(-float(whole.mean())),
+        "nll_pruned_stderr": _finite(stderr),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:

@@ -130,6 +130,15 @@ class PaperModel(nn.Module):
         """Pixel probabilities, `(..., pixels)`."""
         return torch.sigmoid(self.decoder(_layers(h)[0]))
 
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Logits of x encoded to the topmost layer and decoded again, `(batch, pixels)`, by conditional means alone."""
+        h = x
+        for layer in self.encoder:
+            h, _ = layer(h)
+        for layer in reversed(self.prior_layers):
+            h, _ = layer(h)
+        return self.decoder(h)
+
 
 def _layers(h: Any) -> tuple[Tensor, ...]:
     return (h,) if isinstance(h, Tensor) else tuple(h)

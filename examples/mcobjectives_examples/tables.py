@@ -56,7 +56,9 @@ class Row:
         return self.objective if self.after is None else f"{self.after} then {self.objective}"
 
     def values(self, metric: str) -> list[Any]:
-        return [result["metrics"][metric] for result in self.results if result is not None]
+        """A metric of each seed that has it: older results lack some, and what is not finite is None."""
+        found = (result["metrics"].get(metric) for result in self.results if result is not None)
+        return [value for value in found if value is not None]
 
     @property
     def complete(self) -> bool:
