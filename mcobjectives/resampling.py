@@ -12,15 +12,14 @@ def inclusion_probabilities(importance: Tensor, m: int) -> Tensor:
     `importance` v is `(k, batch)`, non-negative; the result is float64 `(k, batch)`.
     """
     v = importance.double()
-    k = v.shape[0]
-    ascending = v.sort(0).values.cumsum(0)  # tail sums from the small end: no cancellation
-    largest_first = v.sort(0, descending=True).values
-    # With c samples kept for certain, the other m - c places are shared by a mass of tails[c].
-    tails = ascending.flip(0)[:m]
-    places = torch.arange(m, 0, -1, dtype=v.dtype, device=v.device).unsqueeze(1)
+    largest, index = v.topk(min(m, len(v)), dim=0)
+    rest = v.scatter(0, index, 0.0).sum(0)
+    # With c samples kept for certain, the other m - c places are shared by a mass of tails[c]; no cancellation.
+    tails = rest + largest.flip(0).cumsum(0).flip(0)
+    places = m - torch.arange(len(largest), dtype=v.dtype, device=v.device).unsqueeze(1)
     taus = tails / places
-    fits = largest_first[:m] <= taus * (1 + 1e-12)
-    fits[min(m, k) - 1] = True  # with one place left, the mass of the rest is at least its largest part
+    fits = largest <= taus * (1 + 1e-12)
+    fits[-1] = True  # with one place left, the mass of the rest is at least its largest part
     tau = taus.gather(0, fits.to(torch.uint8).argmax(0, keepdim=True))
     return torch.where(v > 0, (v / tau).clamp(max=1.0), 0.0)
 

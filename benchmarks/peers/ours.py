@@ -7,7 +7,7 @@ from _protocol import ADAM_EPS, LEARNING_RATE, PIXELS, Settings, serve
 from torch import Tensor, nn
 
 from mcobjectives import IWAE
-from mcobjectives_examples.engine import Engine, make_step
+from mcobjectives_examples.engine import Engine, flat_adam, make_step
 from mcobjectives_examples.models import paper_model
 
 # mode -> (engine, precision, samples back-propagated or None for all)
@@ -16,7 +16,8 @@ MODES: dict[str, tuple[str, str, int | None]] = {
     "compiled": ("compiled", "highest", None),
     "exact": ("compiled", "medium", None),
     "resampled": ("compiled", "medium", 5),
-    "resampled-bf16": ("compiled", "mixed", 5),
+    "resampled-mixed": ("compiled", "mixed", 5),
+    "resampled-bf16": ("compiled", "bf16", 5),
 }
 
 
@@ -32,7 +33,7 @@ def build(settings: Settings) -> tuple[Callable, Callable]:
             module.bias.copy_(torch.from_numpy(bias))
     engine, precision, m = MODES[settings.mode]
     objective = IWAE(k=settings.k, backward_samples=None if m is None else min(m, settings.k))
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, eps=ADAM_EPS, fused=True)
+    optimizer = flat_adam(model, (0.9, 0.999), ADAM_EPS, LEARNING_RATE)
 
     train = make_step(Engine(engine, "as asked"), objective, model, optimizer, precision)
 

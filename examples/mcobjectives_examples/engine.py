@@ -1,96 +1,55 @@
-"""How a training step is executed: eagerly, or compiled as a whole where that pays; in which precision."""
+"""How a training step is executed: operation by operation, compiled as a whole, or as one CUDA graph; and how exactly."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from mcobjectives.model import generators_at, rng_state
 from mcobjectives.objective import Objective
+from mcobjectives_examples.models import bfloat16
 
 PRECISIONS = {
     "highest": "float32 products",
     "medium": "TF32 (GPU) or bfloat16 (CPU) inside float32 products, accumulated in float32",
     "mixed": "medium, and bfloat16 where no gradient is taken (the choice of samples to back-propagate)",
+    "bf16": "bfloat16 products in all networks; log-weights, their sums and the parameters stay float32",
 }
+ENGINES = {
+    "eager": "operation by operation",
+    "compiled": "forward and backward pass as one compiled function",
+    "cuda-graph": "forward, backward and optimiser as one CUDA graph",
+}
+
+Step = Callable[[Tensor], Tensor]
+"""x -> the loss before the step, detached."""
 
 _SECONDS_TO_COMPILE = 40.0
 _GAIN_OF_COMPILING = 0.3
+_STEPS_BEFORE_CAPTURE = 3
 
 
 @dataclass(frozen=True)
 class Engine:
-    """ "eager" or "compiled", and why."""
+    """One of `ENGINES`, and why."""
 
     name: str
     why: str
 
 
-class HalfWhereNoGradient(nn.Module):
-    """A model whose likelihood network runs in bfloat16 while no gradient is recorded; its sums stay float32."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def posterior(self, x: Any) -> Any:
-        return self.model.posterior(x)
-
-    def log_likelihood(self, x: Any, h: Any) -> Tensor:
-        device = next(self.model.parameters()).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=not torch.is_grad_enabled()):
-            return self.model.log_likelihood(x, h)
-
-    def log_prior(self, h: Any) -> Tensor:
-        return self.model.log_prior(h)
-
-
-ENGINES = ("auto", "eager", "compiled")
-
-
 def require_engine(name: str) -> None:
-    """Raise `ValueError` unless the name is one of `ENGINES`."""
-    if name not in ENGINES:
-        raise ValueError(f"unknown engine {name!r}: choose from {', '.join(ENGINES)}")
-
-
-def choose_engine(wanted: str, objective: Objective, model: nn.Module, x: Tensor, steps: int) -> Engine:
-    """ "auto" compiles where that saves more time over the remaining steps than compiling takes."""
-    require_engine(wanted)
-    if wanted == "compiled":
-        return _compiled("as asked", x.device)
-    if wanted == "eager":
-        return Engine("eager", "as asked")
-    if x.device.type != "cpu":
-        return Engine("eager", "compiled steps are not the default on this device")
-    state = torch.get_rng_state()
-    elapsed = []
-    for _ in range(3):
-        began = time.perf_counter()
-        objective(model, x).backward()
-        elapsed.append(time.perf_counter() - began)
-    model.zero_grad(set_to_none=True)
-    torch.set_rng_state(state)
-    saved = min(elapsed) * steps * _GAIN_OF_COMPILING
-    if saved < 2 * _SECONDS_TO_COMPILE:
-        return Engine("eager", "the run is too short for compiling to pay")
-    return _compiled("saves more than compiling takes", x.device)
-
-
-def _compiled(why: str, device: torch.device) -> Engine:
-    try:
-        torch.compile(_probe)(torch.ones(2, device=device))
-    except Exception as error:  # any failure of a compiler means: do without
-        return Engine("eager", f"no working compiler ({type(error).__name__})")
-    return Engine("compiled", why)
-
-
-def _probe(x: Tensor) -> Tensor:
-    return x.sin() + 1
+    """Raise `ValueError` unless the name is "auto" or one of `ENGINES`."""
+    choices = ("auto", *ENGINES)
+    if name not in choices:
+        raise ValueError(f"unknown engine {name!r}: choose from {', '.join(choices)}")
 
 
 def set_precision(precision: str) -> None:
@@ -100,9 +59,54 @@ def set_precision(precision: str) -> None:
     torch.set_float32_matmul_precision("highest" if precision == "highest" else "medium")
 
 
-def compile_loss(loss_of: nn.Module) -> Any:
-    """The whole forward and backward pass compiled; noise comes from torch's own generator, faster on a CPU."""
-    return torch.compile(loss_of, dynamic=False, options={"fallback_random": True})
+def flat_adam(model: nn.Module, betas: tuple[float, float], eps: float, rate: float = 1e-3) -> torch.optim.Adam:
+    """Adam on one vector of which the model's parameters become views: one tensor to update instead of dozens."""
+    parameters = list(model.parameters())
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
+    for p, part in zip(parameters, flat.detach().split([p.numel() for p in parameters]), strict=True):
+        p.data = part.view_as(p)
+    on_cuda = flat.is_cuda  # where a captured graph reads the rate from a tensor
+    first_rate: Any = torch.tensor(rate, device=flat.device) if on_cuda else rate
+    return torch.optim.Adam([flat], lr=first_rate, betas=betas, eps=eps, fused=True, capturable=on_cuda)
+
+
+def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate, in place where it is a tensor."""
+    for group in optimiser.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+class _LossAndGradient(nn.Module):
+    """(x, vector) -> the loss and its gradient with respect to the vector that the parameters are views of."""
+
+    def __init__(self, objective: Objective, model: nn.Module) -> None:
+        super().__init__()
+        self.loss_of = objective.bind(model)
+
+    def forward(self, x: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+        # Inside the call that sets the parameters: some estimators evaluate the model again in the backward pass.
+        loss = self.loss_of(x)
+        (gradient,) = torch.autograd.grad(loss, vector)
+        return loss.detach(), gradient
+
+
+def loss_and_gradient(objective: Objective, model: nn.Module, precision: str) -> Callable[[Tensor, Tensor], Any]:
+    """A function (vector of all parameters, x) -> (loss, gradient), both detached, of tensor operations alone."""
+    where = {"mixed": "no gradient", "bf16": "everywhere"}.get(precision, "nowhere")
+    module = _LossAndGradient(objective, model)
+    named = list(module.named_parameters())
+
+    def function(vector: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        vector = vector.detach().requires_grad_()
+        parts = vector.split([p.numel() for _, p in named])
+        values = {name: part.view_as(p) for (name, p), part in zip(named, parts, strict=True)}
+        with torch.enable_grad(), bfloat16(where):
+            return functional_call(module, values, (x, vector))
+
+    return function
 
 
 def make_step(
@@ -112,24 +116,136 @@ def make_step(
     optimiser: torch.optim.Optimizer,
     precision: str,
     batch_size: int | None = None,
-) -> Callable[[Tensor], Tensor]:
-    """x -> the loss before the step, detached: forward, backward and one step of the optimiser.
+) -> Step:
+    """A function x -> loss that takes one step of an optimiser made by `flat_adam` on this model.
 
-    `batch_size` is that of the first x if it is left out.
+    `batch_size` is that of the first x if it is left out. A batch of another size is run eagerly.
     """
     set_precision(precision)
-    loss_of: Any = objective.bind(HalfWhereNoGradient(model) if precision == "mixed" else model)
-    compiled = compile_loss(loss_of) if engine.name == "compiled" else None
-    usual = batch_size
+    function = loss_and_gradient(objective, model, precision)
+    [vector] = optimiser.param_groups[0]["params"]
+
+    def eager(x: Tensor) -> Tensor:
+        loss, vector.grad = function(vector, x)
+        optimiser.step()
+        return loss
+
+    whole: Step | None = eager if engine.name == "eager" else None
 
     def step(x: Tensor) -> Tensor:
-        nonlocal usual
-        usual = len(x) if usual is None else usual
-        # A smaller last batch is run eagerly: another shape would be another compilation.
-        loss = compiled(x) if compiled is not None and len(x) == usual else loss_of(x)
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        return loss.detach()
+        nonlocal whole, batch_size
+        batch_size = len(x) if batch_size is None else batch_size
+        if len(x) != batch_size:
+            return eager(x)
+        if whole is None:
+            whole = _compiled_step(function, vector, optimiser, x) if engine.name == "compiled" else _GraphStep(eager)
+        return whole(x)
 
     return step
+
+
+def _compiled_step(function: Callable[..., Any], vector: nn.Parameter, optimiser: Any, x: Tensor) -> Step:
+    compiled = compile_whole(function, vector.detach(), x)
+
+    def step(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            loss, vector.grad = compiled(vector.detach(), x)
+        optimiser.step()
+        return loss
+
+    return step
+
+
+def compile_whole(function: Callable[..., Any], *arguments: Tensor) -> Callable[..., Any]:
+    """The function as one graph of tensor operations, its backward pass among them, compiled.
+
+    So traced, there is no autograd and next to no Python left in a step. Random numbers come from torch's own
+    generator, and none is spent on tracing.
+    """
+    with _tracing(), generators_at(rng_state()):
+        graph = make_fx(function)(*arguments)
+    compiled = torch.compile(graph, dynamic=False, options={"fallback_random": True})
+    with generators_at(rng_state()), torch.no_grad():
+        compiled(*arguments)
+    return compiled
+
+
+@contextmanager
+def _tracing() -> Iterator[None]:
+    # As torch.export does: `torch.compiler.is_compiling()` holds, so that nobody looks at the numbers.
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+class _GraphStep:
+    """An eager step as one CUDA graph: captured after a few ordinary steps, then replayed without the host."""
+
+    def __init__(self, eager: Step) -> None:
+        self.eager, self.taken = eager, 0
+        self.graph: Any = None
+        self.x = self.loss = torch.empty(0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.graph is not None:
+            self.x.copy_(x)
+            self.graph.replay()
+            return self.loss.clone()
+        self.taken += 1
+        if self.taken <= _STEPS_BEFORE_CAPTURE:  # libraries and the optimiser's state settle, on the stream of a capture
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                loss = self.eager(x)
+            torch.cuda.current_stream().wait_stream(stream)
+            return loss
+        self.x, self.graph = x.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = self.eager(self.x)
+        self.graph.replay()
+        return self.loss.clone()
+
+
+def choose_engine(wanted: str, objective: Objective, model: nn.Module, x: Tensor, steps: int) -> Engine:
+    """ "auto" is a CUDA graph on a GPU, and compiles on a CPU where that saves more time than it takes."""
+    require_engine(wanted)
+    if wanted == "eager":
+        return Engine("eager", "as asked")
+    if wanted == "cuda-graph" or (wanted == "auto" and x.is_cuda):
+        if not x.is_cuda:
+            return Engine("eager", f"no CUDA graph on {x.device}")
+        if objective.chunk_size is not None:
+            return Engine("eager", "chunk_size sets random number generators back, which a CUDA graph cannot")
+        return Engine("cuda-graph", "as asked" if wanted == "cuda-graph" else "the default on a GPU")
+    if wanted == "compiled":
+        return _compiled("as asked", objective, x.device)
+    if x.device.type != "cpu":
+        return Engine("eager", "compiled steps are not the default on this device")
+    elapsed = []
+    with generators_at(rng_state()):
+        for _ in range(3):
+            began = time.perf_counter()
+            objective(model, x).backward()
+            elapsed.append(time.perf_counter() - began)
+    model.zero_grad(set_to_none=True)
+    saved = min(elapsed) * steps * _GAIN_OF_COMPILING
+    if saved < 2 * _SECONDS_TO_COMPILE:
+        return Engine("eager", "the run is too short for compiling to pay")
+    return _compiled("saves more than compiling takes", objective, x.device)
+
+
+def _compiled(why: str, objective: Objective, device: torch.device) -> Engine:
+    if objective.chunk_size is not None:
+        return Engine("eager", "chunk_size draws random numbers again, which a compiled step cannot")
+    try:
+        torch.compile(_probe)(torch.ones(2, device=device))
+    except Exception as error:  # any failure of a compiler means: do without
+        return Engine("eager", f"no working compiler ({type(error).__name__})")
+    return Engine("compiled", why)
+
+
+def _probe(x: Tensor) -> Tensor:
+    return x.sin() + 1

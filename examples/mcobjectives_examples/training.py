@@ -19,7 +19,15 @@ from mcobjectives.objective import Objective
 from mcobjectives.specs import format_objective, parse_objective
 from mcobjectives_examples import checkpoints
 from mcobjectives_examples.datasets import Dataset, binarise
-from mcobjectives_examples.engine import Engine, choose_engine, make_step, require_engine
+from mcobjectives_examples.engine import (
+    Engine,
+    Step,
+    choose_engine,
+    flat_adam,
+    make_step,
+    require_engine,
+    set_rate,
+)
 from mcobjectives_examples.models import PaperModel, paper_model
 from mcobjectives_examples.presets import Preset
 
@@ -122,9 +130,7 @@ class Trainer:
         if config.binarisation == "once":
             self.pixels = drawn
         self.model: PaperModel = paper_model(config.layers, dataset.train.mean(0)).to(device)
-        self.optimiser = torch.optim.Adam(
-            self.model.parameters(), lr=1e-3, betas=self.preset.betas, eps=self.preset.eps, fused=True
-        )
+        self.optimiser = flat_adam(self.model, self.preset.betas, self.preset.eps)
         self.epoch = self.step = 0
         self.total = torch.zeros((), dtype=torch.float64, device=device)  # of the current pass's bounds
         self.history: list[float] = []
@@ -170,27 +176,29 @@ class Trainer:
                 self.engine = before
             self.note(f"{self.engine.name} steps: {self.engine.why}")
             self.save()  # a folder that cannot be written shows before the work, and the choice of engine is kept
+            step = make_step(
+                self.engine, self.objective, self.model, self.optimiser, self.preset.precision, self.preset.batch_size
+            )
         last_saved = time.monotonic()
         while self.epoch < self.preset.passes:
-            last_saved = self._one_pass(on_step, stop, last_saved)
+            last_saved = self._one_pass(step, on_step, stop, last_saved)
         self.save()
 
     def _one_pass(
-        self, on_step: Callable[[Progress], None] | None, stop: Callable[[], bool], last_saved: float
+        self,
+        step: Step,
+        on_step: Callable[[Progress], None] | None,
+        stop: Callable[[], bool],
+        last_saved: float,
     ) -> float:
-        assert self.engine is not None
         began = time.monotonic()
         order = self._order()
         pixels = self.pixels
         if self.config.binarisation == "epoch":
             pixels = binarise(pixels, "epoch", self._generator("epoch", self.epoch))
-        step = make_step(
-            self.engine, self.objective, self.model, self.optimiser, self.preset.precision, self.preset.batch_size
-        )
         while self.step < self.steps_per_pass:
             rate = self.preset.learning_rate(self.epoch + self.step / self.steps_per_pass)
-            for group in self.optimiser.param_groups:
-                group["lr"] = rate
+            set_rate(self.optimiser, rate)
             x = self._batch(order, self.step, pixels)
             try:
                 self.total -= step(x) * len(x)
