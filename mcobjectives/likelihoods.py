@@ -98,6 +98,6 @@ def _sum_log1p(t: Tensor) -> Tensor:
 
 
 def _log1p(t: Tensor) -> Tensor:
-    """log(1 + t) with the rounding of 1 + t put right: as exact as log1p, which compiled code calls five times slower."""
+    """log(1 + t) with the rounding of 1 + t put right: as exact as log1p, five times faster in compiled code."""
     u = 1 + t
     return torch.log(u) + (t - (u - 1)) / u

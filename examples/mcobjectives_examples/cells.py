@@ -15,7 +15,7 @@ from mcobjectives.evaluation import Activity, Evaluation, evaluate, layer_activi
 from mcobjectives.likelihoods import bernoulli_log_likelihood
 from mcobjectives_examples import checkpoints
 from mcobjectives_examples.datasets import Dataset, test_set
-from mcobjectives_examples.engine import set_precision
+from mcobjectives_examples.engine import for_evaluation, set_precision
 from mcobjectives_examples.models import PaperModel
 from mcobjectives_examples.presets import Preset
 from mcobjectives_examples.provenance import provenance
@@ -136,7 +136,8 @@ def evaluate_model(
         return report
 
     with torch.no_grad():
-        evaluation = evaluate(model, images, k=preset.nll_k, progress=progress("evaluate", len(images)))
+        fast = for_evaluation(model, preset.nll_k * len(images))
+        evaluation = evaluate(fast, images, k=preset.nll_k, progress=progress("evaluate", len(images)))
         layers = layer_activity(model, images)
         n = min(PRUNED_IMAGES, len(images))
         pruning = evaluate_pruned(model, images, layers, evaluation, n, progress("evaluate pruned", n))

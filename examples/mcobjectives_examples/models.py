@@ -29,7 +29,7 @@ _bfloat16_where = "nowhere"
 
 @contextmanager
 def bfloat16(where: str) -> Iterator[None]:
-    """Inside, the networks multiply in bfloat16 "everywhere", or where "no gradient" is recorded; the rest is float32."""
+    """Inside, networks multiply in bfloat16 "everywhere", or where "no gradient" is recorded; the rest is float32."""
     global _bfloat16_where
     before, _bfloat16_where = _bfloat16_where, where
     try:

@@ -15,7 +15,11 @@ DataDir = Annotated[
 Download = Annotated[bool, typer.Option("--download", help="Fetch a missing data set from its official address.")]
 Device = Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1", ...; "auto" takes CUDA where there is one.')]
 Engine = Annotated[
-    str, typer.Option(help='"eager", "compiled" (torch.compile), or "auto": compiled where it saves time.')
+    str,
+    typer.Option(
+        help='"eager", "compiled" (the whole step by torch.compile), "cuda-graph", or "auto": a CUDA graph on a GPU, '
+        "compiled on a CPU where that saves time."
+    ),
 ]
 PresetName = Annotated[
     str,
@@ -46,7 +50,7 @@ Out = Annotated[Path, typer.Option(help="Folder of results and checkpoints: what
 Precision = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
-        help="highest (float32), medium (TF32 on a GPU, bfloat16 products on a CPU, accumulated in float32), or mixed "
-        "(medium, and bfloat16 where no gradient is taken); default: the preset's."
+        help="highest (float32), medium (TF32 on a GPU, bfloat16 products on a CPU, accumulated in float32), mixed "
+        "(medium, and bfloat16 where no gradient is taken), or bf16 (bfloat16 products); default: the preset's."
     ),
 ]
