@@ -18,7 +18,7 @@ from mcobjectives_examples import checkpoints, engine, training
 from mcobjectives_examples.checkpoints import CheckpointError, OutputError
 from mcobjectives_examples.datasets import DataError, load
 from mcobjectives_examples.engine import Engine, choose_engine, make_step
-from mcobjectives_examples.models import bfloat16
+from mcobjectives_examples.models import reduced_products
 from mcobjectives_examples.presets import PRESETS, capped, configured, get_preset
 from mcobjectives_examples.training import Config, Interrupted, Trainer, TrainingError, canonical
 
@@ -448,12 +448,13 @@ def test_only_whole_batches_are_compiled_wherever_a_run_begins(trainer, monkeypa
 def test_mixed_precision_is_within_its_error(trainer):
     run, objective = trainer(), IWAE(k=50)
     bounds = []
-    for where in ("nowhere", "no gradient"):
+    for where, int8 in (("nowhere", False), ("no gradient", False), ("everywhere", True)):
         torch.manual_seed(0)
-        with bfloat16(where):
+        with reduced_products(where, int8=int8):
             bounds.append(objective.bound(run.model, run.pixels[:200]))
-    error = (bounds[1] - bounds[0]).abs()
-    assert 0 < error.max() < 0.5 and (bounds[1] - bounds[0]).mean().abs() < 0.02
+    for reduced in bounds[1:]:
+        error = reduced - bounds[0]
+        assert 0 < error.abs().max() < 0.5 and error.mean().abs() < 0.02
 
 
 def test_resampled_mixed_training_ends_where_the_exact_one_does(trainer):
@@ -465,7 +466,7 @@ def test_resampled_mixed_training_ends_where_the_exact_one_does(trainer):
         return sum(run.history[-1] for run in runs) / 2
 
     exact = final("exact")
-    for precision in ("mixed", "bf16"):
+    for precision in ("mixed", "bf16", "int8"):
         assert abs(exact - final(precision, backward_samples=3, precision=precision)) < 0.3
     configured("smoke", [])
 
