@@ -354,6 +354,26 @@ def test_the_resampled_gradient_of_two_layers_is_the_full_one_in_expectation(gra
     assert_same(found, expected, 1e-10)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_every_data_point_and_every_step_has_a_uniform_offset_of_its_own(chunk_size, monkeypatch):
+    """Which the sums over the offset take for granted: one that is fixed or shared would be a bias or a correlation."""
+    offsets = []
+
+    def spy(importance, m, offset):
+        offsets.append(offset)
+        return select(importance, m, offset)
+
+    monkeypatch.setattr(mcobjectives.objective, "select", spy)
+    x, objective = torch.zeros(1000, dtype=F64), IWAE(k=4, backward_samples=2, chunk_size=chunk_size)
+    torch.manual_seed(0)
+    for _ in range(2):
+        objective.surrogate(Gaussian1D(), x)
+    drawn = torch.cat(offsets)
+    assert drawn.dtype == F64 and len(drawn.unique()) == 2000
+    uniform = (torch.arange(2000, dtype=F64) + 0.5) / 2000
+    assert (drawn.sort().values - uniform).abs().max() < 1.63 / 2000**0.5  # Kolmogorov-Smirnov at one in a hundred
+
+
 @pytest.mark.parametrize("objective", EVERY, ids=repr)
 def test_resampling_all_samples_is_the_full_gradient(objective):
     model = LinearGaussian().off_posterior()
