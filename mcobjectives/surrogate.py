@@ -52,18 +52,12 @@ class Terms(NamedTuple):
     s: Tensor | None
 
     def weighted_sum(self, weights: Weights) -> Tensor:
-        """S for each data point, `(batch,)`, given detached weights."""
-        total = _weighted(weights.a, self.a)
+        """S for each data point, `(batch,)`, for its gradient: weight zero on a log p of -inf makes its value NaN."""
+        total = (weights.a.detach() * self.a).sum(0)
         for weight, term in ((weights.c, self.c), (weights.s, self.s)):
             if term is not None and weight is not None:
-                total = total + _weighted(weight, term)
+                total = total + (weight.detach() * term).sum(0)
         return total
-
-
-def _weighted(weight: Tensor, term: Tensor) -> Tensor:
-    weight = weight.detach()
-    # A sample of weight zero adds nothing, though its log p may be -inf.
-    return torch.where(weight == 0, 0.0, weight * term).sum(0)
 
 
 def plan_of(weights: Any, k: int) -> Plan:
