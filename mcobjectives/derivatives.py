@@ -15,11 +15,26 @@ _ELEMENTS_AT_ONCE = 4_000_000
 _HALVINGS = 40
 
 
+def reduced(reduce: Reduction, log_w: Tensor) -> Tensor:
+    """F, once it is known to be `(batch,)` and to depend on log_w as far as autograd sees."""
+    value = reduce(log_w)
+    if value.shape != log_w.shape[1:]:
+        raise ValueError(
+            f"reduce(log_w) has shape {tuple(value.shape)} for log_w of shape {tuple(log_w.shape)}: "
+            "it must reduce the samples, (k, batch) -> (batch,)"
+        )
+    if log_w.requires_grad and not value.requires_grad:
+        raise ValueError(
+            "reduce(log_w) has no gradient: compute it from log_w by torch operations, without detach and NumPy"
+        )
+    return value
+
+
 def slopes(reduce: Reduction, log_w: Tensor) -> Tensor:
     """g_i = dF/dl_i, `(k, batch)`."""
     with torch.enable_grad():
         leaf = log_w.detach().requires_grad_()
-        return torch.autograd.grad(reduce(leaf).sum(), leaf)[0]
+        return torch.autograd.grad(reduced(reduce, leaf).sum(), leaf)[0]
 
 
 def curvatures(reduce: Reduction, log_w: Tensor) -> Tensor:

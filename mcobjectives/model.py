@@ -147,6 +147,15 @@ def may_synchronise(value: Tensor) -> bool:
     return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+def refuse_transforms(h: Latent) -> None:
+    """Raise under a transform of torch.func, which cannot go where the backward pass evaluates densities again."""
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(part) for part in pytree.tree_leaves(h)):
+        raise RuntimeError(
+            "gradient='stl' and 'dreg', chunk_size and Split do not go with torch.func transforms: use "
+            "torch.autograd.grad, or gradient='reparam', 'score', 'vimco' or 'rws' without chunk_size"
+        )
+
+
 def _describe_bad(log_p: Tensor, log_q: Tensor) -> str:
     found = []
     for name, value, infinity, sign in (
@@ -229,7 +238,8 @@ def check_differentiable(h: Latent, log_q: Tensor) -> None:
     if lost:
         raise ModelError(
             f"part(s) {lost} of h ({len(parts)} in all) carry no gradient, though log q(h | x) has parameters: "
-            'a pathwise gradient would be wrong; use gradient="score" or "vimco" (discrete or mixed latents)'
+            'a pathwise gradient would be wrong; use gradient="score" or "vimco" (discrete or mixed latents); '
+            "a layer to be frozen is left out of the optimiser, with requires_grad as it is"
         )
 
 

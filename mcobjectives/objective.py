@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mcobjectives import plugins
 from mcobjectives.analytic import expected_log_ratio
-from mcobjectives.derivatives import curvatures, leave_one_out, slopes, slopes_jump, slopes_vary
+from mcobjectives.derivatives import curvatures, leave_one_out, reduced, slopes, slopes_jump, slopes_vary
 from mcobjectives.estimators import Weights
 from mcobjectives.model import (
     Density,
@@ -28,12 +28,13 @@ from mcobjectives.model import (
     generators_at,
     log_joint,
     may_synchronise,
+    refuse_transforms,
     require,
     rng_state,
 )
-from mcobjectives.replay import replayed
+from mcobjectives.replay import replayed, require_unchanged
 from mcobjectives.resampling import select
-from mcobjectives.surrogate import PLAIN, Plan, Ratio, plan_of, terms
+from mcobjectives.surrogate import PLAIN, Plan, Ratio, plan_of, terms, with_value
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class Objective(ABC):
             return bound
         weights = self.weights(whole.log_w)
         ratio.of(weights)
-        return _with_value(whole.weighted_sum(weights), bound)
+        return with_value(whole.weighted_sum(weights), bound)
 
     def bind(self, model: Any) -> torch.nn.Module:
         """An `nn.Module` whose `forward(x)` is the loss: for torch.compile, DDP, Lightning."""
@@ -208,7 +209,9 @@ class Objective(ABC):
             ratio.of(own)
             h = samples.draw(start, stop)
             with generators_at(states[chunk]):  # a dropout in the model repeats itself
-                return terms(self._plan, log_p, log_q, h, stop - start, self.tempering, ratio).weighted_sum(own)
+                found = terms(self._plan, log_p, log_q, h, stop - start, self.tempering, ratio)
+            require_unchanged(found.log_w, log_w[start:stop], "log p(x, h) - log q(h | x)")
+            return found.weighted_sum(own)
 
         return replayed(self._reduce_checked(log_w), share, len(states))
 
@@ -235,7 +238,9 @@ class Objective(ABC):
         ratio.of(weights)
         chosen = pytree.tree_map(lambda part: _pick(part, index), h) if h is not None else self._redraw(samples, index)
         kept = terms(self._plan, log_p, log_q, chosen, m, self.tempering, ratio)
-        return _with_value(kept.weighted_sum(weights), bound)
+        # Loosely: in half precision m rows are not multiplied as k rows are, to the last of their few bits.
+        require_unchanged(kept.log_w, log_w.gather(0, index), "log p(x, h) - log q(h | x)", tolerance=1e-2)
+        return with_value(kept.weighted_sum(weights), bound)
 
     def _redraw(self, samples: Samples, index: Tensor) -> Latent:
         """The chosen samples, `(m, batch, ...)`, drawn again chunk by chunk."""
@@ -246,6 +251,7 @@ class Objective(ABC):
             part = pytree.tree_map(lambda t: _pick(t, local), samples.draw(start, stop))
             return pytree.tree_map(lambda t: torch.where(_like(inside, t), t, torch.zeros_like(t)), part)
 
+        refuse_transforms(index)
         chosen: Latent = None
         for start, stop in self._chunks():
             part = checkpoint(picked, start, stop, use_reentrant=False)
@@ -253,7 +259,7 @@ class Objective(ABC):
         return chosen
 
     def _reduce_checked(self, log_w: Tensor) -> Tensor:
-        bound = self.reduce(log_w)
+        bound = reduced(self.reduce, log_w)
         if may_synchronise(bound) and not bool(torch.isfinite(bound).all()):
             empty = int((log_w == -torch.inf).all(0).sum())
             why = f"all {self.k} weights are zero for {empty} of them" if empty else "some of their weights are zero"
@@ -278,7 +284,7 @@ class Objective(ABC):
         parts = [name for name in ("k1", "k2") if hasattr(self, name)]
         given = [name for name in ("chunk_size", "backward_samples") if getattr(self, name) is not None]
         for name in (*parts, "k", *given):
-            value = getattr(self, name)
+            value = getattr(self, name, None)
             if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if self.backward_samples is not None and self.backward_samples > self.k:
@@ -330,10 +336,6 @@ def require_number(name: str, value: Any, allowed: Callable[[float], bool], expe
     """Raise `ValueError` unless the value is a finite real number in the allowed range."""
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not allowed(float(value)):
         raise ValueError(f"{name} must be {expected}, got {value!r}")
-
-
-def _with_value(total: Tensor, value: Tensor) -> Tensor:
-    return total - total.detach() + value.detach()
 
 
 def _like(weights: Tensor, part: Tensor) -> Tensor:

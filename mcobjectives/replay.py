@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from mcobjectives.model import may_synchronise
+from mcobjectives.model import may_synchronise, refuse_transforms
 
 Share = Callable[[int], Tensor]
 """i -> the share of chunk i in S for each data point, `(batch,)`; the same numbers whenever it is called."""
@@ -21,6 +20,7 @@ def replayed(value: Tensor, share: Share, chunks: int) -> Tensor:
     The leaves that the sum depends on are read off the first chunk's graph; a later chunk that reaches another one
     raises, since its gradient would be lost.
     """
+    refuse_transforms(value)
     leaves = _leaves(share(0))
     return _Replayed.apply(value, share, chunks, *leaves) if leaves else value
 
@@ -31,13 +31,14 @@ def autocast_as_now(device: str) -> Callable[[], torch.autocast]:
     return lambda: torch.autocast(device, dtype, enabled)
 
 
-def require_unchanged(again: Tensor, first: Tensor, what: str) -> None:
-    """Raise where something evaluated again in the backward pass has another value: its gradient would be wrong."""
-    if may_synchronise(again) and not torch.allclose(again, first, rtol=1e-4, atol=1e-4, equal_nan=True):
+def require_unchanged(again: Tensor, first: Tensor, what: str, tolerance: float = 1e-4) -> None:
+    """Raise where something evaluated again for the gradient has another value: its gradient would be wrong."""
+    if may_synchronise(again) and not torch.allclose(again, first, rtol=tolerance, atol=tolerance, equal_nan=True):
         raise RuntimeError(
-            f"{what} has another value in the backward pass than in the forward pass (parameters swapped by "
-            "torch.func.functional_call, changed in between, or random numbers in the model): use gradient='reparam' "
-            "without chunk_size, or call backward() inside the context that sets the parameters"
+            f"{what} has another value when it is evaluated again for the gradient (random numbers such as dropout or "
+            "batch normalisation in the model, parameters changed in between or swapped by "
+            "torch.func.functional_call): use gradient='reparam' without chunk_size and backward_samples, or "
+            "model.eval(), or call backward() inside the context that sets the parameters"
         )
 
 
@@ -49,9 +50,8 @@ class _Replayed(torch.autograd.Function):
         return value.detach().clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        total = [torch.zeros_like(leaf) for leaf in ctx.leaves]
+        total = [zeros_once(leaf) for leaf in ctx.leaves]
         known = {id(leaf) for leaf in ctx.leaves}
         for i in range(ctx.chunks):
             with torch.enable_grad(), ctx.autocast():
@@ -68,6 +68,30 @@ class _Replayed(torch.autograd.Function):
                 if one is not None:
                     sum_ += one
         return None, None, None, *total
+
+
+def zeros_once(like: Tensor) -> Tensor:
+    """Zeros that raise when they are differentiated: added to a gradient, they make it a first derivative only."""
+    return _ZerosOnce.apply(like)
+
+
+class _ZerosOnce(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(like: Tensor) -> Tensor:
+        return torch.zeros_like(like)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError(
+            "a second derivative of this loss would be incomplete: its estimator gives a first derivative only; "
+            "use gradient='reparam' without chunk_size and backward_samples"
+        )
 
 
 def parameterless(sample: Tensor) -> None:

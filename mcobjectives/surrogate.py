@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from mcobjectives.estimators import Weights
-from mcobjectives.model import Density, Latent, check_differentiable, log_weights
-from mcobjectives.replay import autocast_as_now, require_unchanged
+from mcobjectives.model import Density, Latent, check_differentiable, log_weights, refuse_transforms
+from mcobjectives.replay import autocast_as_now, require_unchanged, zeros_once
 
 
 @dataclass(frozen=True)
@@ -53,18 +52,12 @@ class Terms(NamedTuple):
     s: Tensor | None
 
     def weighted_sum(self, weights: Weights) -> Tensor:
-        """S for each data point, `(batch,)`, given detached weights."""
-        total = _weighted(weights.a, self.a)
+        """S for each data point, `(batch,)`, for its gradient: weight zero on a log p of -inf makes its value NaN."""
+        total = (weights.a.detach() * self.a).sum(0)
         for weight, term in ((weights.c, self.c), (weights.s, self.s)):
             if term is not None and weight is not None:
-                total = total + _weighted(weight, term)
+                total = total + (weight.detach() * term).sum(0)
         return total
-
-
-def _weighted(weight: Tensor, term: Tensor) -> Tensor:
-    weight = weight.detach()
-    # A sample of weight zero adds nothing, though its log p may be -inf.
-    return torch.where(weight == 0, 0.0, weight * term).sum(0)
 
 
 def plan_of(weights: Any, k: int) -> Plan:
@@ -108,6 +101,7 @@ def terms(plan: Plan, log_p: Density, log_q: Density, h: Latent, k: int, temperi
 
 def scale(h: Latent, ratio: Ratio) -> Latent:
     """h, with the gradient that flows back through it multiplied by the ratio's value at that time."""
+    refuse_transforms(h)
     return pytree.tree_map(lambda part: _Scale.apply(part, ratio), h)
 
 
@@ -118,7 +112,6 @@ class _Scale(torch.autograd.Function):
         return part.view_as(part)
 
     @staticmethod
-    @once_differentiable  # a second derivative would be incomplete without a word
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         value = ctx.ratio.value
         return grad * value.reshape(value.shape + (1,) * (grad.ndim - value.ndim)).to(grad.dtype), None
@@ -126,6 +119,7 @@ class _Scale(torch.autograd.Function):
 
 def stopped(density: Density, h: Latent, value: Tensor) -> Tensor:
     """density(h), whose value is known, differentiable with respect to h alone: its parameters are stopped."""
+    refuse_transforms(h)
     leaves, structure = pytree.tree_flatten(h)
     return _Stopped.apply(density, structure, value.detach(), *leaves)
 
@@ -139,7 +133,6 @@ class _Stopped(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable  # a second derivative would be incomplete without a word
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         first, *saved = ctx.saved_tensors
         with torch.enable_grad():
@@ -149,3 +142,24 @@ class _Stopped(torch.autograd.Function):
             require_unchanged(value, first, "a log-density")
             grads = torch.autograd.grad(value, leaves, grad, allow_unused=True)
         return None, None, None, *grads
+
+
+def with_value(total: Tensor, value: Tensor) -> Tensor:
+    """`value` with the gradient of `total`, but no second derivative: S holds its weights constant."""
+    return _WithValue.apply(total, value.detach())
+
+
+class _WithValue(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(total: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad + zeros_once(ctx.saved_tensors[0]), None

@@ -116,6 +116,34 @@ def test_a_dropout_in_the_model_repeats_itself_in_the_backward_pass(gradient):
     assert_same_in_chunks(IWAE(k=6, gradient=gradient), model, model.data(), [1, 4, 6])
 
 
+class Normalised(LinearGaussian):
+    """Batch normalisation of the samples."""
+
+    def log_likelihood(self, x, h):
+        return super().log_likelihood(x, (h - h.mean((0, 1))) / h.std((0, 1)))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize("gradient", ["reparam", "dreg", "vimco"])
+@pytest.mark.parametrize("make", [Dropout, Normalised])
+def test_kept_samples_whose_weights_change_when_evaluated_again_raise(make, gradient, chunk_size):
+    """Weights of one dropout mask on the gradient of another would be a biased gradient without a word."""
+    model = make().off_posterior()
+    objective = IWAE(k=6, gradient=gradient, backward_samples=2, chunk_size=chunk_size)
+    with pytest.raises(RuntimeError, match=r"another value when it is evaluated again.*dropout.*model\.eval\(\)"):
+        objective(model, model.data())
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient": "vimco"}, {"gradient": "dreg"}], ids=str)
+def test_parameters_changed_before_the_backward_pass_raise(options):
+    model = LinearGaussian().off_posterior()
+    loss = IWAE(k=6, chunk_size=2, **options)(model, model.data())
+    with torch.no_grad():
+        model.bias += 0.3
+    with pytest.raises(RuntimeError, match="changed in between"):
+        loss.backward()
+
+
 def test_draws_leave_the_generator_alone_between_slices():
     torch.manual_seed(0)
     stream = Samples(Gaussian1D().posterior(X), 120, pathwise=True, replay=True)
@@ -324,6 +352,26 @@ def test_the_resampled_gradient_of_two_layers_is_the_full_one_in_expectation(gra
     expected = gradients(model, objective.surrogate(model, x).sum())
     _, found = integrated_over_the_offset(replace(objective, backward_samples=3), model, x, nodes, monkeypatch)
     assert_same(found, expected, 1e-10)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_every_data_point_and_every_step_has_a_uniform_offset_of_its_own(chunk_size, monkeypatch):
+    """Which the sums over the offset take for granted: one that is fixed or shared would be a bias or a correlation."""
+    offsets = []
+
+    def spy(importance, m, offset):
+        offsets.append(offset)
+        return select(importance, m, offset)
+
+    monkeypatch.setattr(mcobjectives.objective, "select", spy)
+    x, objective = torch.zeros(1000, dtype=F64), IWAE(k=4, backward_samples=2, chunk_size=chunk_size)
+    torch.manual_seed(0)
+    for _ in range(2):
+        objective.surrogate(Gaussian1D(), x)
+    drawn = torch.cat(offsets)
+    assert drawn.dtype == F64 and len(drawn.unique()) == 2000
+    uniform = (torch.arange(2000, dtype=F64) + 0.5) / 2000
+    assert (drawn.sort().values - uniform).abs().max() < 1.63 / 2000**0.5  # Kolmogorov-Smirnov at one in a hundred
 
 
 @pytest.mark.parametrize("objective", EVERY, ids=repr)

@@ -14,7 +14,7 @@ from mcobjectives.diagnostics import Comparison, Row, compare_gradients, gradien
 
 F64 = torch.float64
 pytestmark = pytest.mark.filterwarnings("ignore:gradient='stl' is biased")
-RECORD = Path(__file__).parent.parent / "benchmarks" / "results" / "snr.json"
+RECORDS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 class Vectors(nn.Module):
@@ -256,13 +256,35 @@ def test_the_table():
     assert lines[2].startswith("loss ") and len(set(map(len, lines))) == 1
 
 
-# The recorded benchmark.
+# The recorded benchmarks.
 
 
-@pytest.mark.skipif(not RECORD.exists(), reason="benchmarks/results/snr.json is not here")
+def recorded(name: str) -> dict:
+    file = RECORDS / f"{name}.json"
+    if not file.exists():
+        pytest.skip(f"benchmarks/results/{name}.json is not here")
+    return json.loads(file.read_text())
+
+
 def test_recorded_slopes_are_those_of_the_theory():
-    slopes = json.loads(RECORD.read_text())["slopes"]
+    slopes = recorded("snr")["slopes"]
     expected = {"theta": {"reparam": 0.5, "dreg": 0.5, "stl": 0.5}, "phi": {"reparam": -0.5, "dreg": 0.5, "stl": 0.5}}
     for group, estimators in expected.items():
         for estimator, value in estimators.items():
             assert slopes[estimator][group]["slope"] == pytest.approx(value, abs=0.15), (estimator, group)
+
+
+def test_recorded_memory_does_not_grow_with_k():
+    record = recorded("memory")
+    rows = {(row["gradient"], row["k"]): row for row in record["rows"]}
+    assert record["bar"] == 1.3 and {("reparam", 50), ("reparam", 5000), ("dreg", 5000), ("vimco", 5000)} <= set(rows)
+    for (gradient, _), row in rows.items():
+        base = rows.get((gradient, 50), rows["reparam", 50])
+        for peak in row.keys() & {"peak_rss_mb", "peak_cuda_mb"}:
+            assert row[peak] <= 1.3 * base[peak], (gradient, peak)
+
+
+def test_recorded_variance_of_the_threshold_rule_is_the_least():
+    for row in recorded("resampling")["rows"]:
+        assert row["threshold"] <= row["systematic"] * (1 + 1e-9) and row["systematic"] <= row["multinomial"] * 1.001
+        assert row["m"] < 10 or 10 * row["threshold"] < row["multinomial"]

@@ -373,11 +373,32 @@ def test_an_estimator_must_weight_the_joint(monkeypatch):
         NoTheta(k=3)
 
 
-@pytest.mark.parametrize("options", [{"gradient": "dreg"}, {"gradient": "stl"}, {"chunk_size": 2}])
-def test_a_second_derivative_that_would_be_incomplete_raises(options):
-    model = LinearGaussian().off_posterior()
-    loss = VAE(k=4, **options)(model, model.data())
-    parameters = list(model.parameters())
-    first = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
-        sum((g**2).sum() for g in first if g is not None).backward()
+def second_derivative(objective: Objective, model: LinearGaussian, name: str) -> torch.Tensor:
+    parameter = dict(model.named_parameters())[name]
+    torch.manual_seed(0)
+    loss = objective(model, model.data()) + parameter.square().sum()  # another part that can be differentiated again
+    (first,) = torch.autograd.grad(loss, parameter, create_graph=True)
+    return torch.autograd.grad(first.sum(), parameter)[0]
+
+
+@pytest.mark.parametrize("name", ["weight", "q_offset"])
+@pytest.mark.parametrize(
+    "options",
+    [*({"gradient": g} for g in BUILT_IN if g != "reparam"), {"chunk_size": 2}, {"backward_samples": 2}],
+    ids=str,
+)
+def test_a_second_derivative_that_would_be_incomplete_raises(options, name):
+    with pytest.raises(RuntimeError, match=r"second derivative.*use gradient='reparam' without chunk_size"):
+        second_derivative(IWAE(k=4, **options), LinearGaussian().off_posterior(), name)
+
+
+@pytest.mark.parametrize("name", ["weight", "q_offset"])
+def test_the_second_derivative_of_reparam_is_right(name):
+    model, step = LinearGaussian().off_posterior(), 1e-5
+    found = second_derivative(IWAE(k=4), model, name) - 2
+    firsts = []
+    for by in (step, -2 * step):
+        with torch.no_grad():
+            dict(model.named_parameters())[name].add_(by)
+        firsts.append(-loss_gradient(IWAE(k=4), model, model.data())[1][name])
+    assert found.sum().item() == pytest.approx((firsts[0] - firsts[1]).sum().item() / (2 * step), rel=1e-6)

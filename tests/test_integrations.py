@@ -90,6 +90,21 @@ def test_torch_func(data, objective):
     agree(found, eager(objective, model, x))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"gradient": "dreg"}, {"gradient": "dreg", "backward_samples": 2}),
+        *({"chunk_size": 2}, {"chunk_size": 2, "backward_samples": 2}),
+    ],
+    ids=str,
+)
+def test_torch_func_is_refused_where_the_backward_pass_evaluates_again(data, options):
+    model, x = data
+    bound = IWAE(k=6, **options).bind(model)
+    with pytest.raises(RuntimeError, match=r"do not go with torch\.func.*use torch\.autograd\.grad"):
+        grad(lambda p: functional_call(bound, p, (x,)))({n: p.detach() for n, p in bound.named_parameters()})
+
+
 def functional(objective: Objective, module: Model, model: Model, x) -> dict[str, torch.Tensor]:
     """The gradients at the parameters of `model` when those of `module` are swapped for them during the call."""
     bound = objective.bind(module)

@@ -148,6 +148,14 @@ def test_the_bound_needs_no_rsample():
         assert torch.isfinite(IWAE(k=3, gradient="dreg")(Discrete(), X))
 
 
+def test_a_frozen_layer_of_several_is_refused_with_how_to_freeze_it():
+    model = TwoLayers()
+    for parameter in (model.q_m1, model.q_r1, model.shared):
+        parameter.requires_grad_(False)
+    with pytest.raises(ModelError, match="frozen is left out of the optimiser"):
+        IWAE(k=2)(model, X)
+
+
 class Detaching:
     """An rsample that silently cuts the gradient."""
 
@@ -325,6 +333,42 @@ def test_nothing_is_checked_away_from_a_users_reduce():
 
     with pytest.raises(ValueError, match="the bound of Broken is not finite for 4 of 4"):
         Broken()(Toy(), X)
+
+
+REDUCE = {
+    "keeps the axis": (lambda w: w.logsumexp(0, keepdim=True), r"shape \(1, \d\) for log_w of shape \(3, \d\)"),
+    "another axis": (lambda w: w.logsumexp(1), r"shape \(3,\) for log_w"),
+    "over the batch": (lambda w: w.mean(), r"shape \(\) for log_w"),
+    "numpy": (lambda w: torch.tensor(w.detach().numpy().mean(0)), "no gradient: .*without detach and NumPy"),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient": "vimco"}, {"chunk_size": 2}, {"backward_samples": 2}], ids=str)
+@pytest.mark.parametrize("name", REDUCE)
+def test_a_users_reduce_of_another_shape_or_without_a_gradient_is_reported(name, options):
+    function, message = REDUCE[name]
+
+    @dataclass(frozen=True)
+    class Users(Objective):
+        k: int = 3
+
+        def reduce(self, log_w):
+            return function(log_w)
+
+    with pytest.raises(ValueError, match=message):
+        Users(**options)(Toy(), X)
+
+
+def test_an_objective_without_k_is_reported():
+    @dataclass(frozen=True)
+    class Named(Objective):
+        samples: int = 3
+
+        def reduce(self, log_w):
+            return log_w.mean(0)
+
+    with pytest.raises(ValueError, match="k must be an integer of at least 1, got None"):
+        Named()
 
 
 def test_an_abstract_objective_cannot_be_made():

@@ -473,6 +473,15 @@ def test_jumping_slopes_are_refused_with_what_to_use_instead(make, gradient, k):
         make(k=k, gradient=valid)
 
 
+def test_slopes_that_are_said_to_jump_are_refused_though_none_was_seen_to():
+    class Declared(IWAE):
+        smooth = False
+
+    for gradient in ("stl", "dreg"):
+        with pytest.raises(ValueError, match=f"gradient='{gradient}' is wrong for Declared"):
+            Declared(k=3, gradient=gradient)
+
+
 @pytest.mark.parametrize("p", [-200.0, -20.0, 5.0, 20.0, 100.0, 1000.0])
 @pytest.mark.parametrize("k", [1, 2, 8, 50])
 def test_steep_slopes_are_not_taken_for_jumping_ones(p, k):
