@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mcobjectives.model import Latent, Samples, has_methods, log_joint, log_weights
+from mcobjectives.model import Latent, ModelError, Samples, has_methods, log_joint, log_weights
 
 _ROWS_AT_ONCE = {"cpu": 2500, "cuda": 200_000}
 _LOG_WEIGHTS_AT_ONCE = 1000
@@ -144,6 +144,12 @@ def evaluate(
     parts = []
     for batch in _batches(x, batch_size):
         parts.append(_evaluate_batch(model, batch, k, chunk_size))
+        found, expected = parts[-1].elbo.numel(), _rows_and_device(batch)[0]
+        if found != expected:
+            raise ModelError(
+                f"the model gave log-weights for {found} data points, expected {expected}: one for each row of x "
+                "(without subsampling, and not one weight for the whole data set)"
+            )
         if progress is not None:
             progress(sum(part.elbo.numel() for part in parts))
     whole = _concatenated(parts)

@@ -494,7 +494,7 @@ def test_at_the_exact_guide_stl_and_dreg_are_zero(gradient):
     close(pyro.param("scale").grad, torch.zeros(N))
 
 
-@pytest.mark.parametrize("gradient", PATHWISE)
+@pytest.mark.parametrize("gradient", [*PATHWISE, "score", "vimco", "rws"])
 def test_parameters_of_a_change_of_variables_are_not_those_of_q(gradient):
     """u ~ N(0, 1), z = loc + scale u as a Delta: q(u) has no parameters, so every estimator gives reparam's."""
 
@@ -556,10 +556,11 @@ def test_autoguides_seed_for_seed_as_trace_elbo(model, make):
     same_as_trace_elbo(model, make(model), torch.tensor([0.5, 1.0, 2.0]))
 
 
+@pytest.mark.parametrize("k", [1, 4])
 @pytest.mark.parametrize("gradient", ["stl", "dreg"])
 @pytest.mark.parametrize("make", [auto.AutoNormal, auto.AutoLowRankMultivariateNormal, flow])
-def test_what_is_stopped_in_autoguides(make, gradient):
-    """With k = 1, STL and DReG are d/dphi of log p |J| - log q at samples of phi, q's parameters being a copy's."""
+def test_what_is_stopped_in_autoguides(make, gradient, k):
+    """d/dphi of log p |J| - log q at samples of phi, q's parameters a copy's, weighted by w (STL) or w^2 (DReG)."""
     x = torch.tensor([0.5, 1.0, 2.0])
     with pyro.settings.context(module_local_params=True):
         guide, fixed = make(whole), make(whole)
@@ -567,11 +568,12 @@ def test_what_is_stopped_in_autoguides(make, gradient):
         guide(x), fixed(x)
         fixed.load_state_dict(guide.state_dict())
         torch.manual_seed(1)
-        found = gradients(guide, -IWAE(k=1, gradient=gradient)(pair, x))
+        found = gradients(guide, -IWAE(k=k, gradient=gradient)(pair, x))
         torch.manual_seed(1)
-        h = dict(pair.posterior(x).rsample(torch.Size((1,))))
+        h = dict(pair.posterior(x).rsample(torch.Size((k,))))
         log_w = reference.log_joint(x, h) - reference.posterior(x).log_prob(h)
-        expected = gradients(guide, log_w.sum())
+        weight = log_w.detach().softmax(0) ** (2 if gradient == "dreg" else 1)
+        expected = gradients(guide, (weight * log_w).sum())
     assert found.keys() == expected.keys() and found
     for name in found:
         close(found[name], expected[name])

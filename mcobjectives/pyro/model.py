@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from mcobjectives.model import ModelError, rng_state
 from mcobjectives.pyro.programs import Layout, Recorder, Site
-from mcobjectives.pyro.structure import Structure, inspect
+from mcobjectives.pyro.structure import Structure, check_guide, check_matched, check_random, inspect
 
 
 class Arguments:
@@ -19,6 +19,18 @@ class Arguments:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.args, self.kwargs = args, kwargs
+
+
+pytree.register_pytree_node(
+    Arguments,
+    lambda x: ([*x.args, *x.kwargs.values()], (len(x.args), tuple(x.kwargs))),
+    lambda parts, context: _arguments(list(parts), *context),
+    serialized_type_name="mcobjectives.pyro.Arguments",
+)
+
+
+def _arguments(parts: list, positional: int, names: tuple[str, ...]) -> Arguments:
+    return Arguments(*parts[:positional], **dict(zip(names, parts[positional:], strict=True)))
 
 
 class Sites(dict):
@@ -178,6 +190,7 @@ class PyroModel(torch.nn.Module):
         given = {name: site.value for name, site in q.items() if not site.observed}
         run = Recorder(h.k, posterior.layout.nesting, posterior.subsamples, given=given, draw=False)
         trace = run.run(self.model, posterior.args, posterior.kwargs)
+        check_matched(q, trace)  # programs may branch on their arguments
         h._evaluated = torch.is_grad_enabled(), trace
         return trace
 
@@ -247,7 +260,10 @@ class GuidePosterior:
 
     def _record(self, n: int, **options: Any) -> Trace:
         run = Recorder(n, self.layout.nesting, self.subsamples, **options)
-        return run.run(self.owner.guide, self.args, self.kwargs)
+        trace = run.run(self.owner.guide, self.args, self.kwargs)
+        check_guide(trace)
+        check_random(trace)
+        return trace
 
 
 def _same(before: Iterable[Tensor | None], after: Iterable[Tensor | None]) -> bool:

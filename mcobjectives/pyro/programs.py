@@ -39,7 +39,13 @@ class Site(NamedTuple):
 
     def log_prob(self, scaled: bool = False) -> Tensor:
         """Log-density, masked, over the plates (and samples, where it depends on them)."""
-        log_p = self.fn.log_prob(self.value)
+        try:
+            log_p = self.fn.log_prob(self.value)
+        except (KeyError, NotImplementedError) as error:  # what transforms without an inverse raise
+            raise ModelError(
+                f"the density at site {self.name!r} cannot be evaluated ({error}): a flow without an inverse knows "
+                'that of its latest samples alone; use gradient="reparam" without chunk_size and backward_samples'
+            ) from error
         if self.mask is None and not scaled:
             return log_p
         return scale_and_mask(log_p, self.scale if scaled else 1.0, self.mask)
@@ -95,6 +101,9 @@ class Recorder(Messenger):
             elif msg["value"] is None and fn.subsample_size is not None and fn.subsample_size < fn.size:
                 self.subsampled = True
             return
+        deep = [f.name for f in msg["cond_indep_stack"] if f.dim is not None and -f.dim > self.nesting]
+        if self.n is not None and deep and not msg["infer"].get("_deterministic"):
+            raise ModelError(f"plate {deep[0]!r} at site {name!r} lies left of max_plate_nesting = {self.nesting}")
         if msg["is_observed"]:
             return
         if not isinstance(fn, TorchDistributionMixin) or msg["args"] or msg["kwargs"]:
@@ -121,9 +130,6 @@ class Recorder(Messenger):
                 raise ModelError(f"latent site {name!r} is masked as a whole: leave it out of the program")
             return
         plates = tuple((frame.name, frame.dim) for frame in msg["cond_indep_stack"])
-        deep = [plate for plate, dim in plates if dim is not None and -dim > self.nesting]
-        if self.n is not None and deep:
-            raise ModelError(f"plate {deep[0]!r} at site {name!r} lies left of max_plate_nesting = {self.nesting}")
         self.sites[name] = Site(
             name,
             msg["fn"],

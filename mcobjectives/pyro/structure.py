@@ -32,21 +32,13 @@ def inspect(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Stru
         with poutine.block():
             guide_run = Recorder(None, 0, {})
             q = guide_run.run(guide, args, kwargs)
-            _check_guide(guide_run)
+            check_guide(q)
             given = {name: site.value for name, site in q.items()}
             p = Recorder(None, 0, guide_run.subsamples, given=given, draw=False).run(model, args, kwargs)
     finally:
         set_rng_state(state)
-    latent = [name for name, site in p.items() if not site.observed]
-    for site in q.values():
-        if not (site.observed or site.auxiliary or site.name in latent):
-            raise ModelError(
-                f"site {site.name!r} of the guide is not a latent site of the model, and would make the weights wrong; "
-                'if a Delta site depends on it, mark it by infer={"is_auxiliary": True}'
-            )
-    free = [site for site in q.values() if site.free]
-    if not free:
-        raise ModelError("the guide draws no random site, so there is nothing to weight: use pyro.infer.Trace_ELBO")
+    check_matched(q, p)
+    free = check_random(q)
     sites = [*q.values(), *p.values()]
     for site in sites:
         check_declared(site, site.log_prob().shape)
@@ -61,8 +53,9 @@ def inspect(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Stru
     )
 
 
-def _check_guide(run: Recorder) -> None:
-    for site in run.sites.values():
+def check_guide(q: dict[str, Site]) -> None:
+    """Raise where the guide observes something."""
+    for site in q.values():
         if site.observed and not (is_factor(site) and getattr(site.fn, "has_rsample", False) is True):
             raise ModelError(
                 f"site {site.name!r} of the guide is observed: a guide may hold latent sites, and pyro.factor with "
@@ -70,15 +63,35 @@ def _check_guide(run: Recorder) -> None:
             )
 
 
+def check_random(q: dict[str, Site]) -> list[Site]:
+    """The guide's random sites; raise where it has none."""
+    free = [site for site in q.values() if site.free]
+    if not free:
+        raise ModelError("the guide draws no random site, so there is nothing to weight: use pyro.infer.Trace_ELBO")
+    return free
+
+
+def check_matched(q: dict[str, Site], p: dict[str, Site]) -> None:
+    """Raise where the guide draws what is not a latent site of the model."""
+    for site in q.values():
+        if not (site.observed or site.auxiliary) and (site.name not in p or p[site.name].observed):
+            raise ModelError(
+                f"site {site.name!r} of the guide is not a latent site of the model, and would make the weights wrong; "
+                'if a Delta site depends on it, mark it by infer={"is_auxiliary": True}'
+            )
+
+
 def _refusal(q: dict[str, Site], p: dict[str, Site]) -> str:
-    places: dict[str, list[str]] = {}
-    for sites in (q, p):
-        for name, site in sites.items():
-            place = " > ".join(plate for plate, _ in site.plates) or "no plate"
-            if place not in places.setdefault(name, []):
-                places[name].append(place)
-    shown = "; ".join(f"{name}: {' in the guide, '.join(place)}" for name, place in list(places.items())[:8])
+    stacks: dict[str, list[tuple]] = {}
+    for site in [*q.values(), *p.values()]:
+        if site.plates not in stacks.setdefault(site.name, []):
+            stacks[site.name].append(site.plates)
+    places = {n: [" > ".join(plate for plate, _ in s) or "no plate" for s in own] for n, own in stacks.items()}
+    both = "{} in the guide, {} in the model"
+    shown = "; ".join(f"{n}: {both.format(*at) if len(at) > 1 else at[0]}" for n, at in [*places.items()][:8])
+    differ = any(len(at) > 1 for at in places.values())
     return (
-        f"there is no weight for each data point: no vectorised plate holds every site ({shown}). Ask for one weight "
-        'for the whole data set by weights="joint", or use ObjectiveELBO(VAE()), which needs none'
+        f"there is no weight for each data point: no vectorised plate holds every site ({shown}). "
+        + ("A plate is the same in both programs if its name and dim are. " if differ else "")
+        + 'Ask for one weight for the whole data set by weights="joint", or use ObjectiveELBO(VAE()), which needs none'
     )
