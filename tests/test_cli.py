@@ -1,6 +1,7 @@
 """The commands as typed: in this process where that shows the same, in real ones where signals or imports count."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from mcobjectives import cli
+from mcobjectives_examples import datasets
 
 COMMANDS = ("reproduce", "train", "evaluate", "objectives", "data", "check")
 QUICK = ["--dataset", "digits", "--preset", "smoke", "--set", "passes=1", "--set", "nll_k=50", "--device", "cpu"]
@@ -36,7 +38,9 @@ def mcobj(monkeypatch, capsys):
         out, err = capsys.readouterr()
         return status, out, err
 
-    return run
+    handler = signal.getsignal(signal.SIGINT)
+    yield run
+    signal.signal(signal.SIGINT, handler)
 
 
 def start(*arguments, before="", **options):
@@ -91,6 +95,36 @@ def test_data_as_json(mcobj, tmp_path):
     found = {row["name"]: row for row in json.loads(out)}
     assert status == 0 and found["digits"]["present"] and found["digits"]["train"] == 1500
     assert not found["mnist"]["present"] and found["mnist"]["location"].startswith(str(tmp_path))
+
+
+def test_data_of_named_sets_says_what_is_missing_where_and_the_mend(mcobj, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    status, out, _ = mcobj("data", "mnist", "digits", "--data-dir", tmp_path)
+    assert status == 0 and "omniglot" not in out and str(tmp_path) in out and not list(tmp_path.iterdir())
+    assert re.search(r"^ mnist +no +MNIST through torchvision *$", out, re.M)
+    assert re.search(r"^ digits +yes +no official checksum +1,500 \+ 297 ", out, re.M)
+    assert "mnist: mcobj data mnist --download fetches it there, as MNIST/raw/train-images-idx3-ubyte, MNIST/raw" in out
+
+
+def test_a_data_file_that_is_not_the_official_one_is_marked(mcobj, tmp_path):
+    path = tmp_path / "omniglot" / "chardata.mat"
+    path.parent.mkdir()
+    path.write_bytes(b"foreign")
+    [row] = json.loads(mcobj("data", "omniglot", "--json", "--data-dir", tmp_path)[1])
+    assert row["present"] and row["verified"] is False and "truncated or no .mat file" in row["message"]
+    assert re.search(r"^ omniglot +yes +NO ", mcobj("data", "omniglot", "--data-dir", tmp_path)[1], re.M)
+
+
+def test_a_download_that_fails_is_told_and_is_a_failure(mcobj, tmp_path, monkeypatch):
+    nobody = dataclasses.replace(datasets.DATASETS["omniglot"], url="http://127.0.0.1:9/")
+    monkeypatch.setitem(datasets.DATASETS, "omniglot", nobody)
+    monkeypatch.setattr(datasets.downloads, "PAUSE_S", 0.0)
+    monkeypatch.setenv("COLUMNS", "400")
+    status, out, err = mcobj("data", "omniglot", "--download", "--data-dir", tmp_path)
+    assert status == 1 and "127.0.0.1:9/chardata.mat" in out and "refused" in out and "Traceback" not in err
+    [row] = json.loads(mcobj("data", "omniglot", "--download", "--json", "--data-dir", tmp_path)[1])
+    assert not row["present"] and row["verified"] is None and "refused" in row["message"]
+    assert mcobj("data", "digits", "--download", "--data-dir", tmp_path)[0] == 0
 
 
 @pytest.mark.parametrize("command", [["objectives"], ["data"]])
@@ -241,6 +275,9 @@ def refused(done, *parts):
         (["train", "--precision", "half"], "unknown precision 'half'"),
         (["train", "--set", "lr=1"], "cannot set 'lr=1'"),
         (["train", "--set", "passes=none"], "passes must be an integer"),
+        (["train", "--set", "test_images=1"], "test_images must be an integer of at least 2"),
+        (["evaluate", __file__, "--images", "1"], "--images"),
+        (["data", "minst"], "did you mean 'mnist'?"),
         (["train", "--binarisation", "twice"], "unknown binarisation 'twice'"),
         (["train", "--seed", "-1"], "seed"),
         (["evaluate", "missing.pt"], "missing.pt"),
@@ -264,7 +301,26 @@ def test_an_output_folder_that_is_a_file(mcobj, tmp_path):
     assert status == 1 and "choose another folder with --out" in err.splitlines()[-1] + err and not out
 
 
+def test_a_folder_of_logs_that_cannot_be_written(mcobj, tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "logs").write_text("")
+    done = mcobj("train", *QUICK, "--out", tmp_path / "out", "--tensorboard", tmp_path / "logs")
+    refused(done, "cannot write TensorBoard logs", "choose another --tensorboard")
+
+
 # Stopped.
+
+
+def test_an_interrupt_that_a_library_turns_into_an_error_of_its_own_is_an_interrupt(mcobj, monkeypatch):
+    def half_imported(**options):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise AttributeError("numpy has no attribute") from None
+
+    monkeypatch.setattr(cli, "app", half_imported)
+    assert mcobj("data") == (130, "", "mcobj: interrupted\n")
+
 
 SLOW = "import mcobjectives_examples.training as t; t.SECONDS_BETWEEN_CHECKPOINTS = -1.0"
 

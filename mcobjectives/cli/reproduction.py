@@ -181,7 +181,10 @@ def tensorboard_log(folder: Path | None) -> Log | None:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError('--tensorboard needs: pip install "mcobjectives[tensorboard]"') from error
-    writer = SummaryWriter(str(folder))
+    try:
+        writer = SummaryWriter(str(folder))
+    except OSError as error:
+        raise OSError(f"cannot write TensorBoard logs to {folder}: {error}: choose another --tensorboard") from error
 
     def log(name: str, value: float, step: int) -> None:
         writer.add_scalar(name, value, step)
