@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from mcobjectives import cli
+from mcobjectives.cli import reproduction
 from mcobjectives_examples import datasets
 from mcobjectives_examples.paper import paper
 
@@ -380,6 +381,22 @@ def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(tmp_path):
         results.append(json.loads(out))
     assert results[0]["metrics"] == results[1]["metrics"]
     assert results[0]["learning_curve"] == results[1]["learning_curve"]
+
+
+def test_ctrl_c_ends_an_evaluation_after_its_batch(mcobj, tmp_path, monkeypatch):
+    mcobj("train", *QUICK, "--objective", "vae", "--out", tmp_path)
+    [checkpoint] = tmp_path.glob("*.pt")
+    before = checkpoint.read_bytes()
+    evaluate = reproduction.evaluate_model
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(reproduction, "evaluate_model", interrupted)
+    status, out, err = mcobj("evaluate", checkpoint, "--k", 5)
+    assert status == 130 and not out and "stopping after this batch" in err and "Traceback" not in err
+    assert checkpoint.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.slow

@@ -576,6 +576,18 @@ def test_status_downloads_what_is_missing_and_goes_on_where_that_fails(served, t
     assert (row.present, row.verified, row.message) == (True, True, "")
 
 
+def test_a_file_appears_only_when_it_is_whole(tmp_path):
+    target = tmp_path / "file"
+    with downloads.whole_file(target) as file:
+        file.write(b"whole")
+        file.flush()
+        assert not target.exists()  # nor after a SIGKILL here
+    with pytest.raises(ConnectionError), downloads.whole_file(target) as file:
+        file.write(b"half")
+        raise ConnectionError
+    assert target.read_bytes() == b"whole" and files_under(tmp_path) == ["file"]
+
+
 @pytest.mark.parametrize("fault", ["drops", "promises more", "503"])
 def test_a_dropped_connection_is_tried_again(served, tmp_path, fault):
     served.fault, served.times = fault, 2

@@ -426,6 +426,17 @@ def test_a_restarted_run_keeps_its_engine(saved, trainer):
     assert notes == ["eager steps: as in the checkpoint"]
 
 
+def test_a_restart_on_other_threads_is_told(saved, trainer):
+    state = torch.load(saved.checkpoint, weights_only=True)
+    torch.save(state | {"threads": state["threads"] + 6}, saved.checkpoint)
+    notes = []
+    trainer(note=notes.append).restore()
+    assert notes == [
+        f"the checkpoint is from a run on {state['threads'] + 6} threads, this is on {state['threads']}: "
+        "last digits may differ"
+    ]
+
+
 def test_an_unknown_engine_is_refused(trainer):
     with pytest.raises(ValueError, match="unknown engine 'fast': choose from auto, eager, compiled, cuda-graph"):
         trainer(engine="fast")

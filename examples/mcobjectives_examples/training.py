@@ -288,6 +288,9 @@ class Trainer:
             self.engine = Engine(state["engine"], "as in the checkpoint") if state["engine"] else None
             self.rng = state["rng"]
             self._set_rng_state(self.rng)
+            before, now = state["threads"], torch.get_num_threads()
+        if before != now:
+            self.note(f"the checkpoint is from a run on {before} threads, this is on {now}: last digits may differ")
         return True
 
     def _rng_state(self) -> dict[str, Tensor]:

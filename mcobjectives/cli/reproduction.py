@@ -162,7 +162,7 @@ def evaluate_checkpoint(
         model.load_state_dict(state["model"])
     if passes < config.preset.passes:
         errors.print(f"not trained to its end: {passes} of {render.counted(config.preset.passes, 'pass')}")
-    with interruptible() as stop, progress() as bars:
+    with interruptible("after this batch") as stop, progress() as bars:
         bar = CellBar(bars)
         bar.start(config.name)
         try:
