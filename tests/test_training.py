@@ -5,6 +5,7 @@ import math
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -309,6 +310,19 @@ def test_a_crash_while_writing_keeps_the_old_file(saved, monkeypatch, function):
         saved.save()
     assert saved.checkpoint.read_bytes() == old
     assert os.listdir(saved.checkpoint.parent) == ["run.pt"]
+
+
+def test_content_is_on_the_disk_before_it_takes_the_name_and_then_the_name_is(saved, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def forced(file):
+        done.append("folder" if stat.S_ISDIR(os.fstat(file).st_mode) else "file")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", forced)
+    monkeypatch.setattr(os, "replace", lambda *names: done.append("rename") or replace(*names))
+    saved.save()
+    assert done == ["file", "rename", "folder"]
 
 
 def test_a_disk_that_fills_up_keeps_the_old_file(saved):
