@@ -7,7 +7,17 @@ BIN := $(VENV)/bin
 # Newest releases of the supported range that have wheels of both; a pair, because torchvision needs its own torch.
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test lint docs readme clean
+.PHONY: help demo test lint docs readme clean
+
+help:
+	@echo "make demo    the paper's table 1 on a small data set, after installing what it needs"
+	@echo "make test    ruff, mypy and all tests, after installing what they need"
+	@echo "make lint    ruff and mypy alone"
+	@echo "make docs    the site, in site/"
+	@echo "make readme  the README's tables from benchmarks/results"
+	@echo "make clean   remove what the others made"
+
+.DEFAULT_GOAL := help
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -299,6 +299,8 @@ def mean_covariance(means: Tensor, independent: Tensor | None = None) -> Tensor:
     """
     a = _double(means)
     b = a if independent is None else _double(independent)
+    if len(a) < 2:
+        raise ValueError(f"active units need the means of at least 2 data points, got {len(a)}")
     cross = (a - a.mean(0)).T @ (b - b.mean(0)) / (len(a) - 1)
     return (cross + cross.T) / 2
 

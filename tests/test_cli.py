@@ -1,6 +1,7 @@
 """The commands as typed: in this process where that shows the same, in real ones where signals or imports count."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -9,15 +10,20 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from mcobjectives import cli
+from mcobjectives.cli import reproduction
+from mcobjectives_examples import datasets
+from mcobjectives_examples.paper import paper
 
 COMMANDS = ("reproduce", "train", "evaluate", "objectives", "data", "check")
 QUICK = ["--dataset", "digits", "--preset", "smoke", "--set", "passes=1", "--set", "nll_k=50", "--device", "cpu"]
 TABLE = ["reproduce", "--table", "1", *QUICK, "--set", "k=2"]
+REAL_DATA = os.environ.get("MCOBJECTIVES_DATA")  # before the tests take it away
 MAIN = "import sys; from mcobjectives.cli import main; sys.argv[0] = 'mcobj'; main()"
 
 
@@ -36,7 +42,9 @@ def mcobj(monkeypatch, capsys):
         out, err = capsys.readouterr()
         return status, out, err
 
-    return run
+    handler = signal.getsignal(signal.SIGINT)
+    yield run
+    signal.signal(signal.SIGINT, handler)
 
 
 def start(*arguments, before="", **options):
@@ -91,6 +99,36 @@ def test_data_as_json(mcobj, tmp_path):
     found = {row["name"]: row for row in json.loads(out)}
     assert status == 0 and found["digits"]["present"] and found["digits"]["train"] == 1500
     assert not found["mnist"]["present"] and found["mnist"]["location"].startswith(str(tmp_path))
+
+
+def test_data_of_named_sets_says_what_is_missing_where_and_the_mend(mcobj, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    status, out, _ = mcobj("data", "mnist", "digits", "--data-dir", tmp_path)
+    assert status == 0 and "omniglot" not in out and str(tmp_path) in out and not list(tmp_path.iterdir())
+    assert re.search(r"^ mnist +no +MNIST through torchvision *$", out, re.M)
+    assert re.search(r"^ digits +yes +no official checksum +1,500 \+ 297 ", out, re.M)
+    assert "mnist: mcobj data mnist --download fetches it there, as MNIST/raw/train-images-idx3-ubyte, MNIST/raw" in out
+
+
+def test_a_data_file_that_is_not_the_official_one_is_marked(mcobj, tmp_path):
+    path = tmp_path / "omniglot" / "chardata.mat"
+    path.parent.mkdir()
+    path.write_bytes(b"foreign")
+    [row] = json.loads(mcobj("data", "omniglot", "--json", "--data-dir", tmp_path)[1])
+    assert row["present"] and row["verified"] is False and "truncated or no .mat file" in row["message"]
+    assert re.search(r"^ omniglot +yes +NO ", mcobj("data", "omniglot", "--data-dir", tmp_path)[1], re.M)
+
+
+def test_a_download_that_fails_is_told_and_is_a_failure(mcobj, tmp_path, monkeypatch):
+    nobody = dataclasses.replace(datasets.DATASETS["omniglot"], url="http://127.0.0.1:9/")
+    monkeypatch.setitem(datasets.DATASETS, "omniglot", nobody)
+    monkeypatch.setattr(datasets.downloads, "PAUSE_S", 0.0)
+    monkeypatch.setenv("COLUMNS", "400")
+    status, out, err = mcobj("data", "omniglot", "--download", "--data-dir", tmp_path)
+    assert status == 1 and "127.0.0.1:9/chardata.mat" in out and "refused" in out and "Traceback" not in err
+    [row] = json.loads(mcobj("data", "omniglot", "--download", "--json", "--data-dir", tmp_path)[1])
+    assert not row["present"] and row["verified"] is None and "refused" in row["message"]
+    assert mcobj("data", "digits", "--download", "--data-dir", tmp_path)[0] == 0
 
 
 @pytest.mark.parametrize("command", [["objectives"], ["data"]])
@@ -241,6 +279,9 @@ def refused(done, *parts):
         (["train", "--precision", "half"], "unknown precision 'half'"),
         (["train", "--set", "lr=1"], "cannot set 'lr=1'"),
         (["train", "--set", "passes=none"], "passes must be an integer"),
+        (["train", "--set", "test_images=1"], "test_images must be an integer of at least 2"),
+        (["evaluate", __file__, "--images", "1"], "--images"),
+        (["data", "minst"], "did you mean 'mnist'?"),
         (["train", "--binarisation", "twice"], "unknown binarisation 'twice'"),
         (["train", "--seed", "-1"], "seed"),
         (["evaluate", "missing.pt"], "missing.pt"),
@@ -264,7 +305,48 @@ def test_an_output_folder_that_is_a_file(mcobj, tmp_path):
     assert status == 1 and "choose another folder with --out" in err.splitlines()[-1] + err and not out
 
 
+def test_a_folder_of_logs_that_cannot_be_written(mcobj, tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "logs").write_text("")
+    done = mcobj("train", *QUICK, "--out", tmp_path / "out", "--tensorboard", tmp_path / "logs")
+    refused(done, "cannot write TensorBoard logs", "choose another --tensorboard")
+
+
+# Real data, where there are any.
+
+
+@pytest.mark.slow
+def test_real_binarized_mnist_is_read_trained_on_evaluated_and_recorded(mcobj, tmp_path):
+    folder = REAL_DATA or Path(__file__).parents[2] / "shared" / "data"
+    files = [Path(folder) / file.path for file in datasets.DATASETS["binarized_mnist"].files]
+    if not all(file.is_file() for file in files):
+        pytest.skip(f"no real data: {files[0].name} is neither in MCOBJECTIVES_DATA nor in ../shared/data")
+    fast = ["--set", "passes=1", "--set", "nll_k=100", "--set", "test_images=200", "--device", "cpu"]
+    command = ["train", "--objective", "iwae(k=5)", "--dataset", "binarized_mnist", *fast, "--data-dir", folder]
+    status, out, err = mcobj(*command, "--out", tmp_path, "--json")
+    assert status == 0, err
+    result = json.loads(out)
+    assert result["config"]["binarisation"] == "fixed" and result["data"]["train"] == 50_000
+    assert all(file["verified"] for file in result["data"]["files"])
+    assert result["parameters"] == paper()["architectures"]["1"]["parameters_784_pixels"]
+    # An untrained model has 206 nats, that of independent pixels; the paper's full run 87.6. One pass is in between.
+    assert 100 < result["metrics"]["nll"] < 150 and -result["learning_curve"][0] < 206
+    assert 5 <= result["metrics"]["active_units"][0] <= 50
+
+
 # Stopped.
+
+
+def test_an_interrupt_that_a_library_turns_into_an_error_of_its_own_is_an_interrupt(mcobj, monkeypatch):
+    def half_imported(**options):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise AttributeError("numpy has no attribute") from None
+
+    monkeypatch.setattr(cli, "app", half_imported)
+    assert mcobj("data") == (130, "", "mcobj: interrupted\n")
+
 
 SLOW = "import mcobjectives_examples.training as t; t.SECONDS_BETWEEN_CHECKPOINTS = -1.0"
 
@@ -299,6 +381,22 @@ def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(tmp_path):
         results.append(json.loads(out))
     assert results[0]["metrics"] == results[1]["metrics"]
     assert results[0]["learning_curve"] == results[1]["learning_curve"]
+
+
+def test_ctrl_c_ends_an_evaluation_after_its_batch(mcobj, tmp_path, monkeypatch):
+    mcobj("train", *QUICK, "--objective", "vae", "--out", tmp_path)
+    [checkpoint] = tmp_path.glob("*.pt")
+    before = checkpoint.read_bytes()
+    evaluate = reproduction.evaluate_model
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(reproduction, "evaluate_model", interrupted)
+    status, out, err = mcobj("evaluate", checkpoint, "--k", 5)
+    assert status == 130 and not out and "stopping after this batch" in err and "Traceback" not in err
+    assert checkpoint.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.slow

@@ -463,6 +463,11 @@ def test_status_has_a_row_per_set_whatever_is_broken(tiny, tmp_path, monkeypatch
     rows = {row.name: row for row in datasets.status(tmp_path)}
     assert list(rows) == list(DATASETS)
     assert {name: row.present for name, row in rows.items()} == {name: name != "omniglot" for name in DATASETS}
+    assert {name: row.verified for name, row in rows.items() if row.message} == {
+        "mnist": False,
+        "fashion_mnist": False,
+        "omniglot": None,
+    }
     assert "truncated or no IDX" in rows["mnist"].message
     assert "ZeroDivisionError: inside a reader" in rows["fashion_mnist"].message
     assert "--data-dir" in rows["omniglot"].message
@@ -477,6 +482,12 @@ def test_status_of_a_folder_that_is_not_there(tmp_path):
     rows = datasets.status(tmp_path / "nowhere")
     assert [row.name for row in rows if row.present] == ["digits"]
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_status_of_named_sets_only(tmp_path):
+    assert [row.name for row in datasets.status(tmp_path, ["omniglot", "digits"])] == ["omniglot", "digits"]
+    with pytest.raises(DataError, match="did you mean 'mnist'"):
+        datasets.status(tmp_path, ["digits", "mnits"])
 
 
 # Downloads
@@ -553,6 +564,28 @@ def test_download_fetches_what_is_missing_and_only_that(served, tmp_path):
     load("binarized_mnist", tmp_path, download=True)
     assert served.requests == ["binarized_mnist_train.amat", "binarized_mnist_test.amat", "binarized_mnist_test.amat"]
     assert not test.stat().st_mode & 0o111
+
+
+def test_status_downloads_what_is_missing_and_goes_on_where_that_fails(served, tmp_path):
+    served.contents.pop("binarized_mnist_test.amat")
+    rows = datasets.status(tmp_path, ["binarized_mnist", "digits"], download=True)
+    assert [(row.present, row.verified) for row in rows] == [(False, None), (True, None)]
+    assert "answers 404" in rows[0].message and not rows[1].message
+    served.contents["binarized_mnist_test.amat"] = amat(BITS[4:])
+    [row] = datasets.status(tmp_path, ["binarized_mnist"], download=True)
+    assert (row.present, row.verified, row.message) == (True, True, "")
+
+
+def test_a_file_appears_only_when_it_is_whole(tmp_path):
+    target = tmp_path / "file"
+    with downloads.whole_file(target) as file:
+        file.write(b"whole")
+        file.flush()
+        assert not target.exists()  # nor after a SIGKILL here
+    with pytest.raises(ConnectionError), downloads.whole_file(target) as file:
+        file.write(b"half")
+        raise ConnectionError
+    assert target.read_bytes() == b"whole" and files_under(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize("fault", ["drops", "promises more", "503"])

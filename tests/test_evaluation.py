@@ -357,6 +357,11 @@ def test_active_units_of_a_known_covariance():
     assert pca_active_units(means @ rotation) == 2
 
 
+def test_one_data_point_has_no_variance():
+    with pytest.raises(ValueError, match="at least 2 data points, got 1"):
+        active_units(torch.ones(1, 3))
+
+
 def test_cross_covariance_is_unbiased():
     g = torch.Generator().manual_seed(0)
     means = torch.randn(4000, 1, 2, generator=g, dtype=F64) * torch.tensor([0.3, 0.0], dtype=F64)

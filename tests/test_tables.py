@@ -8,6 +8,7 @@ import torch
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples import render
 from mcobjectives_examples.cells import recorded, result_path, run_cell
+from mcobjectives_examples.cells import test_images as images_of
 from mcobjectives_examples.checkpoints import CheckpointError, write_json
 from mcobjectives_examples.datasets import DATASETS, default_binarisation, load
 from mcobjectives_examples.findings import findings
@@ -285,6 +286,17 @@ def test_a_result_tells_where_it_comes_from(config, digits, tmp_path):
     assert all(math.isfinite(found["metrics"][name]) for name in (*numbers, "reconstruction_error"))
     assert found["metrics"]["pruned_images"] == 297
     assert run_cell(config, digits, tmp_path, CPU) == found  # and is not run again
+
+
+def test_a_subset_of_the_test_images_is_drawn_from_all_of_them_and_the_same_in_every_run(config, digits):
+    whole = images_of(digits, config)
+    few = dataclasses.replace(config, preset=dataclasses.replace(TINY, test_images=90), seed=3)
+    chosen = images_of(digits, few)
+    torch.manual_seed(9)
+    assert torch.equal(images_of(digits, few), chosen)
+    # Files may be sorted by class: the first images are no sample of them.
+    rows_of = [int((whole == image).all(1).nonzero()[0]) for image in chosen]
+    assert len(set(rows_of)) == 90 and max(rows_of) > 250 and sum(row >= 148 for row in rows_of) > 30
 
 
 def test_a_result_of_other_settings_is_refused_and_kept(config, digits, tmp_path):

@@ -5,6 +5,7 @@ import math
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -103,7 +104,7 @@ def test_overrides():
     assert (preset.passes, preset.batch_size, preset.nll_k, preset.test_images, cap) == (3, 7, 11, 5, 4)
 
 
-@pytest.mark.parametrize("text", ["passes", "passes=0", "passes=-1", "passes=1.5", "lr=1", ""])
+@pytest.mark.parametrize("text", ["passes", "passes=0", "passes=-1", "passes=1.5", "test_images=1", "lr=1", ""])
 def test_bad_overrides_are_refused(text):
     with pytest.raises(ValueError, match=r"must be an integer|cannot set"):
         configured("smoke", [text])
@@ -244,9 +245,9 @@ def test_an_unfit_binarisation_is_refused_at_once(trainer, binarisation):
 
 
 @pytest.mark.parametrize("seed", [-1, 2**31])
-def test_a_seed_out_of_range_is_refused(trainer, seed):
-    with pytest.raises(ValueError, match="seed must be from 0"):
-        trainer(seed=seed)
+def test_a_seed_out_of_range_is_refused(seed):
+    with pytest.raises(ValueError, match=f"seed must be from 0 to 2147483647, got {seed}"):
+        Config("digits", "once", 1, "iwae(k=3)", TINY, seed)
 
 
 # Not finite any more.
@@ -311,12 +312,25 @@ def test_a_crash_while_writing_keeps_the_old_file(saved, monkeypatch, function):
     assert os.listdir(saved.checkpoint.parent) == ["run.pt"]
 
 
+def test_content_is_on_the_disk_before_it_takes_the_name_and_then_the_name_is(saved, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def forced(file):
+        done.append("folder" if stat.S_ISDIR(os.fstat(file).st_mode) else "file")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", forced)
+    monkeypatch.setattr(os, "replace", lambda *names: done.append("rename") or replace(*names))
+    saved.save()
+    assert done == ["file", "rename", "folder"]
+
+
 def test_a_disk_that_fills_up_keeps_the_old_file(saved):
     old = saved.checkpoint.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, limits[1]))
     try:
-        with pytest.raises(OutputError, match="cannot write"):
+        with pytest.raises(OutputError, match=r"cannot write .*run\.pt: .*File too large: choose another folder"):
             saved.save()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -424,6 +438,17 @@ def test_a_restarted_run_keeps_its_engine(saved, trainer):
     again.restore()
     again.run()
     assert notes == ["eager steps: as in the checkpoint"]
+
+
+def test_a_restart_on_other_threads_is_told(saved, trainer):
+    state = torch.load(saved.checkpoint, weights_only=True)
+    torch.save(state | {"threads": state["threads"] + 6}, saved.checkpoint)
+    notes = []
+    trainer(note=notes.append).restore()
+    assert notes == [
+        f"the checkpoint is from a run on {state['threads'] + 6} threads, this is on {state['threads']}: "
+        "last digits may differ"
+    ]
 
 
 def test_an_unknown_engine_is_refused(trainer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -37,7 +38,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             os.fsync(directory)
         finally:
             os.close(directory)
-    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
+    except OSError as error:
         raise OutputError(f"cannot write {path}: {error}: choose another folder with --out, or free space") from error
     finally:
         with contextlib.suppress(OSError):  # gone, or in a folder that is not there
@@ -58,7 +59,9 @@ def read_json(path: Path) -> Any:
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint of tensors, numbers, strings, lists and dicts."""
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+    content = io.BytesIO()  # torch.save itself would report a full disk as a fault of its format
+    torch.save({"format": FORMAT, **state}, content)
+    write_atomically(path, lambda file: file.write(content.getbuffer()))
 
 
 def load(path: Path, config: dict[str, Any] | None, device: torch.device | str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,7 +179,10 @@ test_set.__test__ = False  # type: ignore[attr-defined]  # the name is not pytes
 
 @dataclass(frozen=True)
 class Status:
-    """One data set as `mcobj data` lists it; counts, mean and checksum are there only where it could be read."""
+    """One data set as `mcobj data` lists it; counts, mean and checksum are there only where it could be read.
+
+    `verified` is None where there is nothing to verify or no official checksum is known, False where it is broken.
+    """
 
     name: str
     present: bool
@@ -194,20 +197,25 @@ class Status:
     message: str = ""
 
 
-def status(data_dir: str | Path | None = None) -> list[Status]:
-    """The state of every registered data set, each one really read; a broken one is a row with a message."""
+def status(
+    data_dir: str | Path | None = None, names: Sequence[str] | None = None, *, download: bool = False
+) -> list[Status]:
+    """The state of the named data sets, or of all, each one really read; a broken one is a row with a message.
+
+    With `download`, files that are missing are fetched first.
+    """
     folder = downloads.data_dir(data_dir)
-    return [_status_of(source, folder) for source in DATASETS.values()]
+    return [_status_of(source, folder, download) for source in list(map(_source, names or DATASETS))]
 
 
-def _status_of(source: Source, folder: Path) -> Status:
+def _status_of(source: Source, folder: Path, download: bool) -> Status:
     location = str(folder / Path(source.files[0].path).parent) if source.files else "bundled with scikit-learn"
     try:
-        data = load(source.name, folder)
+        data = load(source.name, folder, download=download)
     except Exception as error:
-        present = not isinstance(error, MissingDataError)
+        present = all((folder / file.path).is_file() for file in source.files)
         message = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
-        return Status(source.name, present, location, source.about, message=message)
+        return Status(source.name, present, location, source.about, False if present else None, message=message)
     return Status(
         source.name,
         True,

@@ -120,8 +120,9 @@ def configured(name: str, overrides: Sequence[str], precision: str | None = None
         key, _, value = text.partition("=")
         if key not in (*_CHANGEABLE, "k"):
             raise ValueError(f"cannot set {text!r}: choose from {', '.join((*_CHANGEABLE, 'k'))}")
-        if not value.isdecimal() or int(value) < 1:
-            raise ValueError(f"{key} must be an integer of at least 1, got {value!r}")
+        least = 2 if key == "test_images" else 1  # no variance, hence no active units, of a single image
+        if not value.isdecimal() or int(value) < least:
+            raise ValueError(f"{key} must be an integer of at least {least}, got {value!r}")
         if key == "k":
             cap = int(value)
         else:

@@ -55,6 +55,10 @@ class Config:
     seed: int = 0
     after: str | None = None
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < LARGEST_SEED:
+            raise ValueError(f"seed must be from 0 to {LARGEST_SEED - 1}, got {self.seed}")
+
     def to_dict(self, data_sha256: str) -> dict[str, Any]:
         """As plain JSON values, with the data's checksum."""
         return json.loads(json.dumps(asdict(self) | {"data_sha256": data_sha256}))
@@ -122,8 +126,6 @@ class Trainer:
         self.record = config.to_dict(dataset.checksum)
         self.objective = training_objective(config.objective, config.preset)
         self.wanted_engine, self.log, self.note = engine, log, note
-        if not 0 <= config.seed < LARGEST_SEED:
-            raise ValueError(f"seed must be from 0 to {LARGEST_SEED - 1}, got {config.seed}")
         torch.manual_seed(config.seed)
         self.pixels = dataset.train.to(device)
         drawn = binarise(self.pixels, config.binarisation, self._generator("once"))  # an unfit protocol raises here
@@ -286,6 +288,9 @@ class Trainer:
             self.engine = Engine(state["engine"], "as in the checkpoint") if state["engine"] else None
             self.rng = state["rng"]
             self._set_rng_state(self.rng)
+            before, now = state["threads"], torch.get_num_threads()
+        if before != now:
+            self.note(f"the checkpoint is from a run on {before} threads, this is on {now}: last digits may differ")
         return True
 
     def _rng_state(self) -> dict[str, Tensor]:

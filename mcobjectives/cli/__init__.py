@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -46,14 +48,28 @@ def _options(
 
 def main() -> None:
     """Run `mcobj`; an expected failure is one line on stderr (MCOBJ_TRACEBACK=1 shows where it came from)."""
+    interrupted = False
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, on_interrupt)
     try:
         app(prog_name="mcobj")
-    except (ValueError, RuntimeError, OSError, ImportError, AssertionError) as error:
-        if os.environ.get("MCOBJ_TRACEBACK"):
+    except Exception as error:
+        if interrupted:  # libraries turn a Ctrl-C while they are imported into errors of their own
+            _end("interrupted", 130)
+        expected = isinstance(error, ValueError | RuntimeError | OSError | ImportError | AssertionError)
+        if not expected or os.environ.get("MCOBJ_TRACEBACK"):
             raise
         message = str(error) if isinstance(error, AssertionError) else " ".join(str(error).split())
-        print(f"mcobj: {message or type(error).__name__}", file=sys.stderr)
-        sys.exit(1)
+        _end(message or type(error).__name__, 1)
     except KeyboardInterrupt:
-        print("mcobj: interrupted", file=sys.stderr)
-        sys.exit(130)
+        _end("interrupted", 130)
+
+
+def _end(message: str, status: int) -> NoReturn:
+    print(f"mcobj: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -6,11 +6,11 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
-from mcobjectives.cli.options import DataDir, Json
+from mcobjectives.cli.options import DataDir, Download, Json
 
 
 def objectives(as_json: Json = False) -> None:
@@ -34,28 +34,47 @@ def objectives(as_json: Json = False) -> None:
     console.print('Use one as: mcobj train --objective "power(k=50, p=3)", or mcobjectives.get_objective("power")(p=3)')
 
 
-def data(data_dir: DataDir = None, as_json: Json = False) -> None:
-    """List the data sets: what is there, where, and whether it is verified by an official checksum."""
+def data(
+    names: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="Only these: digits, mnist, binarized_mnist, omniglot, fashion_mnist.", show_default="all"),
+    ] = None,
+    data_dir: DataDir = None,
+    download: Download = False,
+    as_json: Json = False,
+) -> None:
+    """List the data sets: what is there, where, and whether it is verified by an official checksum.
+
+    Every file that is there is read, once to the end. With --download the missing ones are fetched first.
+    """
     from rich.markup import escape
 
     from mcobjectives.cli.show import console, grid
+    from mcobjectives_examples.datasets import DATASETS, status
     from mcobjectives_examples.datasets import data_dir as folder_of
-    from mcobjectives_examples.datasets import status
 
+    if as_json or download:  # whose own bars show how far it is
+        rows = status(data_dir, names, download=download)
+    else:
+        with console.status("reading and checking the data sets"):
+            rows = status(data_dir, names)
     if as_json:
-        print(json.dumps([asdict(row) for row in status(data_dir)], indent=1, default=str))
-        return
-    with console.status("reading and checking the data sets"):
-        rows = status(data_dir)
-    table = grid("data set", "there", "verified", "train", "test", "about")
-    for row in rows:
-        sizes = (f"{row.train:,}", f"{row.test:,}") if row.present and row.train else ("", "")
-        verified = (
-            "" if not row.present else {True: "yes", False: "[red]NO[/]", None: "no official checksum"}[row.verified]
-        )
-        table.add_row(row.name, "yes" if row.present else "no", verified, *sizes, escape(row.message or row.source))
-    console.print(table)
-    console.print(f"Data folder: {folder_of(data_dir)} (--data-dir or MCOBJECTIVES_DATA choose another)")
+        print(json.dumps([asdict(row) for row in rows], indent=1, default=str))
+    else:
+        table = grid("data set", "there", "verified", "images", "about")
+        for row in rows:
+            images = "" if row.train is None else f"{row.train:,} + {row.test:,}"
+            verified = {True: "yes", False: "[red]NO[/]", None: "no official checksum" if row.present else ""}
+            about = row.message if row.message and (row.present or download) else row.source
+            table.add_row(row.name, "yes" if row.present else "no", verified[row.verified], images, escape(about))
+        console.print(table)
+        console.print(f"Data folder: {folder_of(data_dir)} (--data-dir or MCOBJECTIVES_DATA choose another)")
+        for row in rows:
+            if not row.present and not download:
+                files = ", ".join(file.path for file in DATASETS[row.name].files)
+                console.print(f"{row.name}: mcobj data {row.name} --download fetches it there, as {files}")
+    if download and any(row.message for row in rows):
+        raise typer.Exit(1)
 
 
 def check(

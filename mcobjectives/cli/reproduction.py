@@ -162,7 +162,7 @@ def evaluate_checkpoint(
         model.load_state_dict(state["model"])
     if passes < config.preset.passes:
         errors.print(f"not trained to its end: {passes} of {render.counted(config.preset.passes, 'pass')}")
-    with interruptible() as stop, progress() as bars:
+    with interruptible("after this batch") as stop, progress() as bars:
         bar = CellBar(bars)
         bar.start(config.name)
         try:
@@ -181,7 +181,10 @@ def tensorboard_log(folder: Path | None) -> Log | None:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError('--tensorboard needs: pip install "mcobjectives[tensorboard]"') from error
-    writer = SummaryWriter(str(folder))
+    try:
+        writer = SummaryWriter(str(folder))
+    except OSError as error:
+        raise OSError(f"cannot write TensorBoard logs to {folder}: {error}: choose another --tensorboard") from error
 
     def log(name: str, value: float, step: int) -> None:
         writer.add_scalar(name, value, step)

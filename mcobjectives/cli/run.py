@@ -117,7 +117,7 @@ def evaluate(
         Path, typer.Argument(help="A checkpoint (.pt) that mcobj wrote.", exists=True, dir_okay=False)
     ],
     k: Annotated[int, typer.Option(min=1, help="Samples of the importance-weighted estimate of log p(x).")] = 5000,
-    images: Annotated[Optional[int], typer.Option(min=1, help="Evaluate on so many random test images.")] = None,  # noqa: UP045
+    images: Annotated[Optional[int], typer.Option(min=2, help="Evaluate on so many random test images.")] = None,  # noqa: UP045
     data_dir: DataDir = None,
     download: Download = False,
     device: Device = "auto",

@@ -64,7 +64,7 @@ class CellBar:
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
+def interruptible(how: str = "after this step, with a checkpoint") -> Iterator[Callable[[], bool]]:
     """A function that turns true at the first Ctrl-C; a second one interrupts at once."""
     asked = False
 
@@ -73,7 +73,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        errors.print("stopping after this step, with a checkpoint (Ctrl-C again stops at once)")
+        errors.print(f"stopping {how} (Ctrl-C again stops at once)")
 
     before: Any = signal.signal(signal.SIGINT, on_signal)
     try:

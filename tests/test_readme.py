@@ -1,0 +1,31 @@
+"""The README's figures are those of the recorded results."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from mcobjectives_examples.checkpoints import CheckpointError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def readme():
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("section", "make"), [("table-1", "table_1"), ("speed", "speed")])
+def test_the_readme_shows_what_is_recorded(readme, section, make):
+    text = (ROOT / "README.md").read_text()
+    shown = text.partition(f"<!-- {section} -->\n")[2].partition(f"<!-- /{section} -->")[0]
+    try:
+        recorded = getattr(readme, make)()
+    except CheckpointError as error:  # a preset has changed since
+        pytest.xfail(f"record the runs anew, then make readme: {error}")
+    assert shown == recorded, "run: make readme"
