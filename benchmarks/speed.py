@@ -69,12 +69,23 @@ CONTESTANTS = [
 class Worker:
     """One contestant's process at one (layers, k)."""
 
-    def __init__(self, contestant: Contestant, python: str, layers: int, k: int, batch: int, threads: int):
+    def __init__(
+        self,
+        contestant: Contestant,
+        python: str,
+        layers: int,
+        k: int,
+        batch: int,
+        threads: int,
+        data: Path | None = None,
+    ):
         self.contestant = contestant
         command = [python, str(HERE / "peers" / contestant.file), f"--layers={layers}", f"--k={k}"]
         command += [f"--batch={batch}", f"--threads={threads}"]
         if contestant.mode:
             command.append(f"--mode={contestant.mode}")
+        if data:
+            command.append(f"--data={data}")
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the worker
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, bufsize=1
@@ -83,17 +94,20 @@ class Worker:
         self.peak_mb = 0.0
 
     def start(self) -> None:
-        self.ready = self._answer()
+        self.ready = self.answer()
         self.first_loss = self.steps(1)["loss"]
         self.steps(WARM_UP)
 
-    def steps(self, n: int) -> dict:
+    def ask(self, command: object) -> dict:
         assert self.process.stdin is not None
         try:
-            print(n, file=self.process.stdin, flush=True)
+            print(command, file=self.process.stdin, flush=True)
         except BrokenPipeError:
             raise RuntimeError(self._last_words()) from None
-        answer = self._answer()
+        return self.answer()
+
+    def steps(self, n: int) -> dict:
+        answer = self.ask(n)
         self.peak_mb = answer["peak_mb"]
         return answer
 
@@ -101,7 +115,7 @@ class Worker:
         """n timed steps after one that only warms the caches the others have taken."""
         self.rounds.append(self.steps(n + 1)["ms"][1:])
 
-    def _answer(self) -> dict:
+    def answer(self) -> dict:
         assert self.process.stdout is not None
         if not select.select([self.process.stdout], [], [], ANSWER_WITHIN)[0]:
             raise RuntimeError(f"no answer within {ANSWER_WITHIN} s")

@@ -403,6 +403,104 @@ def speed() -> str:
     return "\n\n".join(parts)
 
 
+def overhead() -> str:
+    """What the objective's call costs over the same arithmetic by hand."""
+    record = _read("overhead.json")
+    if record is None:
+        return _not_run(
+            "python benchmarks/overhead.py --out benchmarks/results/overhead.json"
+        )
+    lines = [
+        (
+            str(row["k"]),
+            f"{row['by_hand_ms']:.2f}",
+            f"{row['objective_ms']:.2f}",
+            f"{row['ratio']:.3f}",
+            f"{row['ratio_of_first_deciles']:.3f}",
+        )
+        for row in record["rows"]
+    ]
+    header = ("k", "by hand, ms", "objective, ms", "ratio", "of first deciles")
+    return (
+        _markdown_table(header, lines, right=range(5))
+        + "\n\n"
+        + _provenance([record])
+    )
+
+
+def precision() -> str:
+    """What reduced-precision products do to log-weights, normalised weights and the bound."""
+    record = _read("precision.json")
+    if record is None:
+        return _not_run(
+            "python benchmarks/precision.py --out benchmarks/results/precision.json"
+        )
+    rows = dict(record["rows"])
+    about = f"k = {rows.pop('k')}, effective sample size {rows.pop('ess'):.1f}, {rows.pop('images')} test images"
+    lines = [
+        (
+            name,
+            f"{row['log_weight_std_within_x']:.3f}",
+            f"{100 * row['total_variation']:.1f} %",
+            f"{row['bound']:+.3f}",
+        )
+        for name, row in rows.items()
+    ]
+    header = (
+        "products",
+        "log-weights within an image, std in nats",
+        "normalised weights, total variation",
+        "bound, nats",
+    )
+    table = _markdown_table(header, lines, right=range(1, 4))
+    said = f"IWAE-5 trained for {record['passes']} passes on {record['dataset']}; {about}."
+    return "\n\n".join((table, said, _provenance([record])))
+
+
+def time_to_nll() -> str:
+    """Seconds of training to a test NLL, beside peers."""
+    record = _read("time_to_nll.json")
+    if record is None:
+        return _not_run(
+            "python benchmarks/time_to_nll.py --out benchmarks/results/time_to_nll.json"
+        )
+    rows = record["contestants"]
+    reached = {n: r["seconds_to_target"] for n, r in rows.items()}
+    peers = [t for n, t in reached.items() if t and rows[n]["kind"] == "peer"]
+    lines = []
+    for name, seconds in reached.items():
+        last = rows[name]["curve"][-1]
+        shown = "not reached" if seconds is None else f"{seconds:.0f}"
+        ratio = f"{min(peers) / seconds:.2f}×" if peers and seconds else ""
+        lines.append(
+            (
+                name,
+                shown,
+                ratio,
+                f"{last['nll']:.2f}",
+                f"{last['seconds']:.0f}",
+            )
+        )
+    header = (
+        "",
+        f"seconds to {record['target']:g} nats",
+        "times as fast as the fastest peer",
+        f"NLL after {record['passes']} passes",
+        "seconds",
+    )
+    figure = Path("assets/time_to_nll.png")
+    plot = (
+        f"![Test NLL against seconds of training]({figure})"
+        if (ROOT / "docs" / figure).exists()
+        else ""
+    )
+    source = record["provenance"]
+    where = f"{source['cpu']}, {source['threads']} threads; commit {source['commit'][:10]}"
+    said = f"Recorded on {source['date'][:10]}; {where}.\n{{ .generated }}"
+    table = _markdown_table(header, lines, right=range(1, 5))
+    return "\n\n".join(filter(None, (table, plot, said)))
+
+
 def snr() -> str:
     """Slopes of log SNR in log k on Rainforth's toy."""
     record = _read("snr.json")
@@ -544,6 +642,9 @@ GENERATORS: dict[str, Callable[[], str]] = {
         cli,
         speed,
         memory,
+        overhead,
+        precision,
+        time_to_nll,
         snr,
         pyro_speed,
         changelog,

@@ -4,8 +4,9 @@ A worker is a program of its own, so that frameworks cannot disturb each other a
 
     python peers/x.py --layers 1 --k 50 --batch 100 --threads 2
 
-It prints one JSON line when it is ready; then, for each integer n read from stdin, it trains n steps and prints one
-JSON line `{"ms": [n floats], "loss": float, "peak_mb": float}`; it ends when stdin does. No framework is imported here.
+It prints one JSON line when it is ready; then, for each line `n` read from stdin, it trains n steps and prints one JSON
+line `{"ms": [n floats], "loss": float, "peak_mb": float}`; `n RATE` sets the learning rate first; `save FILE` writes
+the parameters as arrays in the order of `Settings.initial`. It ends when stdin does. No framework is imported here.
 """
 
 import argparse
@@ -15,11 +16,12 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,11 +41,22 @@ class Settings:
     batch: int
     threads: int
     mode: str
+    data: str | None = None
 
     def batches(self, count: int = 10) -> list[np.ndarray]:
         """Binary images, each (batch, 784) float32, the same for every worker."""
         rng = np.random.default_rng(0)
         return [(rng.random((self.batch, PIXELS)) < 0.5).astype(np.float32) for _ in range(count)]
+
+    def stream(self) -> Iterator[np.ndarray]:
+        """Batches without end: those, or the images of `data` (uint8 .npy) in a new order each pass."""
+        if self.data is None:
+            yield from cycle(self.batches())
+        images, rng = np.load(str(self.data)), np.random.default_rng(2)
+        while True:
+            order = rng.permutation(len(images))
+            for start in range(0, len(images) - self.batch + 1, self.batch):
+                yield images[order[start : start + self.batch]].astype(np.float32)
 
     def initial(self) -> tuple[list[Net], list[Net]]:
         """Encoder and decoder nets, the same for every worker: Glorot, the heads scaled down.
@@ -67,12 +80,18 @@ class Settings:
         return [net(*s) for s in ENCODER[self.layers]], [net(*s) for s in DECODER[self.layers]]
 
 
-Step = Callable[[np.ndarray], float]  # trains one step on a batch as `prepare` made it; minus the mean bound
+class Training(NamedTuple):
+    """What a contestant's `build` gives; the last two only where it is to be trained to a result."""
+
+    prepare: Callable[[np.ndarray], Any]  # a batch as the framework's own tensor, outside the timing
+    step: Callable[[Any], float]  # trains one step on it; minus the mean bound, so that it has ended
+    set_rate: Callable[[float], None] | None = None
+    parameters: Callable[[], list[np.ndarray]] | None = None
 
 
 def serve(
     name: str,
-    build: Callable[[Settings], tuple[Callable, Callable]],
+    build: Callable[[Settings], tuple],
     packages: Sequence[str],
     kind: str = "peer",
     modes: Sequence[str] = ("default",),
@@ -81,8 +100,7 @@ def serve(
 
     Args:
         name: what the results call it.
-        build: settings -> (prepare, step): `prepare(array)` turns a batch into the framework's own tensor once,
-            outside the timing; `step(tensor)` trains on it and returns the loss as a float, so that it has ended.
+        build: settings -> the fields of `Training`.
         packages: distributions whose versions are recorded.
         kind: "ours", "peer" or "floor".
         modes: the values that `--mode` may take; the first is the default.
@@ -93,6 +111,7 @@ def serve(
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--mode", choices=list(modes), default=modes[0])
+    parser.add_argument("--data", help="train on the images of this .npy file")
     settings = Settings(**vars(parser.parse_args()))
     _limit_cores(settings.threads)
 
@@ -100,19 +119,30 @@ def serve(
     os.dup2(2, 1)  # a library that prints must not break the protocol
 
     import_mb = peak_mb()
-    prepare, step = build(settings)
-    data = cycle([prepare(x) for x in settings.batches()])
+    training = Training(*build(settings))
+    # Those few are prepared once; a stream of real images is not kept.
+    prepared = map(training.prepare, settings.stream())
+    data = cycle([training.prepare(x) for x in settings.batches()]) if settings.data is None else prepared
 
     def reply(**fields: object) -> None:
         print(json.dumps(fields), file=replies, flush=True)
 
     reply(name=name, kind=kind, mode=settings.mode, versions=_versions(packages), import_mb=import_mb)
     for line in sys.stdin:
+        command, _, argument = line.strip().partition(" ")
+        if command == "save":
+            assert training.parameters is not None
+            np.savez(argument, *training.parameters())
+            reply(saved=argument)
+            continue
+        if argument:
+            assert training.set_rate is not None
+            training.set_rate(float(argument))
         ms, loss = [], float("nan")
-        for _ in range(int(line)):
+        for _ in range(int(command)):
             x = next(data)
             start = time.perf_counter()
-            loss = step(x)
+            loss = training.step(x)
             ms.append(1e3 * (time.perf_counter() - start))
         reply(ms=ms, loss=loss, peak_mb=peak_mb())
 

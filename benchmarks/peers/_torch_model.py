@@ -31,8 +31,9 @@ class Gaussian(nn.Module):
 
     def __init__(self, net: Net):
         super().__init__()
-        first, second, self.mean, self.log_std = (affine(*p) for p in net)
+        first, second, mean, log_std = (affine(*p) for p in net)
         self.hidden = nn.Sequential(first, nn.Tanh(), second, nn.Tanh())
+        self.mean, self.log_std = mean, log_std
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         y = self.hidden(inputs)

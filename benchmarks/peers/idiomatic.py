@@ -1,8 +1,8 @@
 """IWAE training by hand in idiomatic PyTorch: BCE with logits, logsumexp, fused Adam; `--mode compiled` compiles it."""
 
 import math
-from collections.abc import Callable
 
+import numpy as np
 import torch
 from _protocol import Settings, serve
 from _torch_model import adam, log_normal, log_standard_normal, networks
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 
-def build(settings: Settings) -> tuple[Callable, Callable]:
+def build(settings: Settings) -> tuple:
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
     encoder, decoder, output = networks(settings)
@@ -44,7 +44,13 @@ def build(settings: Settings) -> tuple[Callable, Callable]:
         optimizer.step()
         return loss.item()
 
-    return torch.from_numpy, step
+    def set_rate(rate: float) -> None:
+        optimizer.param_groups[0]["lr"] = rate
+
+    def parameters() -> list[np.ndarray]:
+        return [p.detach().T.numpy() for p in optimizer.param_groups[0]["params"]]
+
+    return torch.from_numpy, step, set_rate, parameters
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """This library, by its public API, on the paper's model of the examples package."""
 
-from collections.abc import Callable
+from functools import partial
 
+import numpy as np
 import torch
 from _protocol import ADAM_EPS, LEARNING_RATE, PIXELS, Settings, serve
 from torch import Tensor, nn
 
 from mcobjectives import IWAE
-from mcobjectives_examples.engine import Engine, flat_adam, make_step
+from mcobjectives_examples.engine import Engine, flat_adam, make_step, set_rate
 from mcobjectives_examples.models import paper_model
 
 # mode -> (engine, precision, samples back-propagated or None for all)
@@ -22,7 +23,7 @@ MODES: dict[str, tuple[str, str, int | None]] = {
 }
 
 
-def build(settings: Settings) -> tuple[Callable, Callable]:
+def build(settings: Settings) -> tuple:
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
     model = paper_model(settings.layers, pixel_means=torch.full((PIXELS,), 0.5))
@@ -41,7 +42,10 @@ def build(settings: Settings) -> tuple[Callable, Callable]:
     def step(x: Tensor) -> float:
         return train(x).item()
 
-    return torch.from_numpy, step
+    def parameters() -> list[np.ndarray]:
+        return [p.detach().T.numpy() for module in linear for p in (module.weight, module.bias)]
+
+    return torch.from_numpy, step, partial(set_rate, optimizer), parameters
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 
 import math
 import os
-from collections.abc import Callable
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -31,7 +30,7 @@ def log_normal(h: tf.Tensor, mean: tf.Tensor | float, std: tf.Tensor | float) ->
     return tf.reduce_sum(log_density, -1)
 
 
-def build(settings: Settings) -> tuple[Callable, Callable]:
+def build(settings: Settings) -> tuple:
     tf.config.threading.set_intra_op_parallelism_threads(settings.threads)
     tf.config.threading.set_inter_op_parallelism_threads(settings.threads)
     tf.random.set_seed(0)
@@ -72,7 +71,10 @@ def build(settings: Settings) -> tuple[Callable, Callable]:
         optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
         return loss
 
-    return tf.constant, lambda x: float(train(x))
+    def set_rate(rate: float) -> None:
+        optimizer.learning_rate.assign(rate)
+
+    return tf.constant, lambda x: float(train(x)), set_rate, lambda: [w.numpy() for w in weights]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,73 @@
+"""How far reduced-precision products are from float32: log-weights, normalised weights and the bound of a trained model.
+
+Trains the one-layer model for a few passes, draws k samples for random test images, and evaluates their log-weights
+in every precision. `--out` records the rows with their provenance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mcobjectives_examples.cells import test_images
+from mcobjectives_examples.datasets import load
+from mcobjectives_examples.models import PaperModel, reduced_products
+from mcobjectives_examples.presets import get_preset
+from mcobjectives_examples.provenance import provenance
+from mcobjectives_examples.training import Config, Trainer, canonical
+
+PRECISIONS = {"bfloat16": ("everywhere", False), "bfloat16 and int8": ("everywhere", True)}
+
+
+@torch.no_grad()
+def errors(model: PaperModel, x: Tensor, k: int) -> dict[str, Any]:
+    """Of each precision: what it does to log-weights within an image, to the normalised weights, and to the bound."""
+    torch.manual_seed(0)
+    posterior = model.posterior(x)
+    h = posterior.rsample(torch.Size((k,)))
+    rest = (model.log_prior(h) - posterior.log_prob(h)).double()
+    exact = model.log_likelihood(x, h).double() + rest
+    w = exact.softmax(0)
+    rows: dict[str, Any] = {"ess": float((1 / w.square().sum(0)).mean()), "k": k, "images": len(x)}
+    for name, (where, int8) in PRECISIONS.items():
+        with reduced_products(where, int8=int8):
+            log_w = model.log_likelihood(x, h).double() + rest
+        error = log_w - exact
+        rows[name] = {
+            "log_weight_std_within_x": float((error - error.mean(0)).std()),
+            "total_variation": float((log_w.softmax(0) - w).abs().sum(0).mean() / 2),
+            "bound": float((log_w.logsumexp(0) - exact.logsumexp(0)).mean()),
+        }
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dataset", default="binarized_mnist")
+    parser.add_argument("--passes", type=int, default=10)
+    parser.add_argument("--k", type=int, default=50)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    dataset = load(args.dataset)
+    preset = get_preset("short").with_passes(args.passes)
+    config = Config(args.dataset, preset.binarisation_of(args.dataset), 1, canonical("iwae(k=5)"), preset)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(config, dataset, torch.device("cpu"), Path(folder) / "run.pt")
+        trainer.run()
+    images = test_images(dataset, config)
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:200]
+    rows = errors(trainer.model, images[chosen], args.k)
+    print(json.dumps(rows, indent=1))
+    if args.out:
+        about = {"dataset": args.dataset, "passes": args.passes, "rows": rows, "provenance": provenance()}
+        args.out.write_text(json.dumps(about, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
