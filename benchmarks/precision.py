@@ -1,4 +1,4 @@
-"""How far reduced-precision products are from float32: log-weights, normalised weights and the bound of a trained model.
+"""How far reduced-precision products are from float32: log-weights, normalised weights, bound of a trained model.
 
 Trains the one-layer model for a few passes, draws k samples for random test images, and evaluates their log-weights
 in every precision. `--out` records the rows with their provenance.

@@ -213,7 +213,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(trainer, binarisation, steps
 
 def recording(seen):
     """A `make_step` that keeps every batch and whose loss is its mean number of bright pixels."""
-    return lambda *arguments: lambda x: seen.append(x) or x.sum(1).mean()
+    return lambda engine, *arguments: (lambda x: seen.append(x) or x.sum(1).mean(), engine)
 
 
 def test_every_image_counts_once_in_a_pass(trainer, monkeypatch):
@@ -257,7 +257,11 @@ def test_a_bound_that_is_not_finite_keeps_the_checkpoint_before(trainer, monkeyp
     monkeypatch.setattr(training, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
     run = trainer()
     good = run.checkpoint
-    monkeypatch.setattr(training, "make_step", lambda *a: lambda x: x.mean() * (math.nan if run.epoch == 1 else 1))
+
+    def broken(x):
+        return x.mean() * (math.nan if run.epoch == 1 else 1)
+
+    monkeypatch.setattr(training, "make_step", lambda engine, *a: (broken, engine))
     with pytest.raises(TrainingError, match=r"pass 2: the mean bound is nan; .*run\.pt"):
         run.run()
     kept = checkpoints.load(good, run.record, CPU)
@@ -273,7 +277,7 @@ def test_parameters_that_are_not_finite_are_never_saved(trainer, monkeypatch, st
             next(run.model.parameters()).data.fill_(math.nan)
         return x.mean()
 
-    monkeypatch.setattr(training, "make_step", lambda *a: ruin)
+    monkeypatch.setattr(training, "make_step", lambda engine, *a: (ruin, engine))
     with pytest.raises(TrainingError, match="pass 3: a parameter"):
         run.run(*until(10 if stopped else 99))
     again = trainer()
@@ -464,10 +468,55 @@ def test_only_whole_batches_are_compiled_wherever_a_run_begins(trainer, monkeypa
 
     monkeypatch.setattr(engine, "compile_whole", compile_whole)
     run = trainer()
-    step = make_step(Engine("compiled", ""), run.objective, run.model, run.optimiser, "highest", 400)
+    arguments = run.objective, run.model, run.optimiser, "highest", run.pixels[:400]
+    step, used = make_step(Engine("compiled", ""), *arguments)
+    assert used.name == "compiled"
     for n in (300, 400, 400, 300):  # a run restarted before its last batch meets the smaller one first
         step(run.pixels[:n])
     assert compiled == [400, 400]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "iwae(k=4)",
+        "iwae(k=4, gradient='dreg')",
+        "iwae(k=4, gradient='vimco')",
+        "iwae(k=6, backward_samples=2)",
+        "miwae(k1=2, k2=3, gradient='dreg')",
+        "median(k=5)",
+        "l_alpha(k=3, alpha=0.5, gradient='stl')",
+    ],
+)
+def test_a_step_traced_as_one_graph_is_the_step(trainer, monkeypatch, spec, layers):
+    """Its loss and gradient are autograd's, and tracing draws no random number."""
+    monkeypatch.setattr(torch, "compile", lambda graph, **options: graph)
+    run = trainer(objective=spec, layers=layers)
+    [vector], x = run.optimiser.param_groups[0]["params"], run.pixels[:50]
+    state = torch.get_rng_state()
+    graph = engine.compile_whole(engine.loss_and_gradient(run.objective, run.model, "highest"), vector.detach(), x)
+    assert torch.equal(torch.get_rng_state(), state)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        loss, gradient = graph(vector.detach(), x)
+        torch.manual_seed(seed)
+        expected = run.objective(run.model, x)
+        parts = torch.autograd.grad(expected, list(run.model.parameters()))
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(gradient, torch.cat([p.flatten() for p in parts]), rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_compiled_is_run_eagerly_and_says_why(trainer, monkeypatch):
+    def compile_whole(*arguments):
+        raise RuntimeError("data-dependent control flow\nand a long story")
+
+    monkeypatch.setattr(engine, "compile_whole", compile_whole)
+    run = trainer()
+    arguments = run.objective, run.model, run.optimiser, "highest", run.pixels[:400]
+    step, used = make_step(Engine("compiled", ""), *arguments)
+    assert used == Engine("eager", "cannot be compiled: data-dependent control flow")
+    assert torch.isfinite(step(run.pixels[:400]))
 
 
 def test_mixed_precision_is_within_its_error(trainer):

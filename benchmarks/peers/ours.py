@@ -37,7 +37,10 @@ def build(settings: Settings) -> tuple:
     objective = IWAE(k=settings.k, backward_samples=None if m is None else min(m, settings.k))
     optimizer = flat_adam(model, (0.9, 0.999), ADAM_EPS, LEARNING_RATE)
 
-    train = make_step(Engine(engine, "as asked"), objective, model, optimizer, precision)
+    x = torch.from_numpy(settings.batches(1)[0])
+    train, used = make_step(Engine(engine, "as asked"), objective, model, optimizer, precision, x)
+    if used.name != engine:
+        raise SystemExit(used.why)
 
     def step(x: Tensor) -> float:
         return train(x).item()

@@ -112,16 +112,12 @@ def loss_and_gradient(objective: Objective, model: nn.Module, precision: str) ->
 
 
 def make_step(
-    engine: Engine,
-    objective: Objective,
-    model: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    precision: str,
-    batch_size: int | None = None,
-) -> Step:
-    """A function x -> loss that takes one step of an optimiser made by `flat_adam` on this model.
+    engine: Engine, objective: Objective, model: nn.Module, optimiser: torch.optim.Optimizer, precision: str, x: Tensor
+) -> tuple[Step, Engine]:
+    """A function x -> loss that takes one step of an optimiser made by `flat_adam`, and the engine that it came to be.
 
-    `batch_size` is that of the first x if it is left out. A batch of another size is run eagerly.
+    It is made for batches of the size of this x; another one, a last and smaller batch, is run eagerly. So are all
+    where the objective or the model cannot be compiled or captured: the engine then says why.
     """
     set_precision(precision)
     function = loss_and_gradient(objective, model, precision)
@@ -132,18 +128,18 @@ def make_step(
         optimiser.step()
         return loss
 
-    whole: Step | None = eager if engine.name == "eager" else None
+    if engine.name == "eager":
+        return eager, engine
+    usual = len(x)
+    try:
+        whole = _compiled_step(function, vector, optimiser, x) if engine.name == "compiled" else _GraphStep(eager)
+    except Exception as error:  # whatever a compiler stumbles over: do without
+        return eager, Engine("eager", f"cannot be {engine.name}: {_first_line(error)}")
+    return lambda x: whole(x) if len(x) == usual else eager(x), engine
 
-    def step(x: Tensor) -> Tensor:
-        nonlocal whole, batch_size
-        batch_size = len(x) if batch_size is None else batch_size
-        if len(x) != batch_size:
-            return eager(x)
-        if whole is None:
-            whole = _compiled_step(function, vector, optimiser, x) if engine.name == "compiled" else _GraphStep(eager)
-        return whole(x)
 
-    return step
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _compiled_step(function: Callable[..., Any], vector: nn.Parameter, optimiser: Any, x: Tensor) -> Step:
@@ -209,23 +205,28 @@ class _GraphStep:
         self.x = self.loss = torch.empty(0)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.graph is not None:
-            self.x.copy_(x)
-            self.graph.replay()
-            return self.loss.clone()
-        self.taken += 1
-        if self.taken <= _STEPS_BEFORE_CAPTURE:  # libraries and the optimiser's state settle first
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                loss = self.eager(x)
-            torch.cuda.current_stream().wait_stream(stream)
-            return loss
+        if self.graph is None:
+            self.taken += 1
+            if self.taken <= _STEPS_BEFORE_CAPTURE:
+                return self._settle(x)
+            self._capture(x)
+        self.x.copy_(x)
+        self.graph.replay()
+        return self.loss.clone()
+
+    def _settle(self, x: Tensor) -> Tensor:
+        """A step on another stream, as a capture needs it: libraries and the optimiser's state are set up."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            loss = self.eager(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        return loss
+
+    def _capture(self, x: Tensor) -> None:
         self.x, self.graph = x.clone(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.loss = self.eager(self.x)
-        self.graph.replay()
-        return self.loss.clone()
 
 
 def choose_engine(wanted: str, objective: Objective, model: nn.Module, x: Tensor, steps: int) -> Engine:

@@ -176,11 +176,12 @@ class Trainer:
             self.engine = choose_engine(wanted, self.objective, self.model, x, self._steps_left())
             if before and before.name == self.engine.name:
                 self.engine = before
-            self.note(f"{self.engine.name} steps: {self.engine.why}")
-            self.save()  # a folder that cannot be written shows before the work, and the choice of engine is kept
-            step = make_step(
-                self.engine, self.objective, self.model, self.optimiser, self.preset.precision, self.preset.batch_size
+            self.save()  # a folder that cannot be written shows before the work
+            step, self.engine = make_step(
+                self.engine, self.objective, self.model, self.optimiser, self.preset.precision, x
             )
+            self.note(f"{self.engine.name} steps: {self.engine.why}")
+            self.save()  # the choice of engine is kept
         last_saved = time.monotonic()
         while self.epoch < self.preset.passes:
             last_saved = self._one_pass(step, on_step, stop, last_saved)
