@@ -42,7 +42,7 @@ class Contestant:
     file: str
     module: str  # must be importable in the worker's interpreter
     mode: str = ""
-    unbiased: bool = True  # its gradient estimates the k-sample bound's without bias
+    unbiased: bool = True  # its gradient estimates the k-sample bound's without bias, and is computed in float32
     layers: tuple[int, ...] = (1, 2)
     default: bool = True  # runs without being named
 
@@ -53,8 +53,8 @@ CONTESTANTS = [
     Contestant("exact", "ours", "ours.py", "mcobjectives", "exact"),
     Contestant("resampled", "ours", "ours.py", "mcobjectives", "resampled"),
     Contestant("resampled-mixed", "ours", "ours.py", "mcobjectives", "resampled-mixed"),
-    Contestant("resampled-bf16", "ours", "ours.py", "mcobjectives", "resampled-bf16"),
     Contestant("resampled-int8", "ours", "ours.py", "mcobjectives", "resampled-int8"),
+    Contestant("resampled-bf16", "ours", "ours.py", "mcobjectives", "resampled-bf16", unbiased=False),
     Contestant("idiomatic", "peer", "idiomatic.py", "torch"),
     Contestant("idiomatic-compiled", "peer", "idiomatic.py", "torch", "compiled", default=False),
     Contestant("pyro", "peer", "pyro_renyi.py", "pyro"),

@@ -79,7 +79,7 @@ def test_the_papers_schedule():
 def test_one_cycle_warms_up_over_a_tenth_and_falls_to_zero(passes):
     preset = get_preset("short").with_passes(passes)
     rates = [preset.learning_rate(passes * i / 1000) for i in range(1001)]
-    assert max(rates) == rates[100] == pytest.approx(4e-3)
+    assert max(rates) == rates[100] == pytest.approx(2e-3)
     assert rates[:101] == sorted(rates[:101]) and rates[100:] == sorted(rates[100:], reverse=True)
     assert rates[-1] == pytest.approx(0, abs=1e-9)
 
@@ -522,7 +522,7 @@ def test_what_cannot_be_compiled_is_run_eagerly_and_says_why(trainer, monkeypatc
 def test_mixed_precision_is_within_its_error(trainer):
     run, objective = trainer(), IWAE(k=50)
     bounds = []
-    for where, int8 in (("nowhere", False), ("no gradient", False), ("everywhere", True)):
+    for where, int8 in (("nowhere", False), ("no gradient", False), ("no gradient", True)):
         torch.manual_seed(0)
         with reduced_products(where, int8=int8):
             bounds.append(objective.bound(run.model, run.pixels[:200]))
@@ -540,7 +540,7 @@ def test_resampled_mixed_training_ends_where_the_exact_one_does(trainer):
         return sum(run.history[-1] for run in runs) / 2
 
     exact = final("exact")
-    for precision in ("mixed", "bf16", "int8"):
+    for precision in ("mixed", "int8", "bf16"):
         assert abs(exact - final(precision, backward_samples=3, precision=precision)) < 0.3
     configured("smoke", [])
 

@@ -94,10 +94,10 @@ for _preset in (
     Preset(
         "short",
         "one learning-rate cycle, under an hour for the 1L rows of table 1 on two cores",
-        ((100, 4e-3),),
+        ((100, 2e-3),),
         one_cycle=True,
         backward_samples=10,
-        precision="bf16",
+        precision="mixed",
     ),
     Preset(
         "smoke",
