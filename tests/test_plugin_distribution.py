@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from test_docs import fences
 from wheels import MCOBJ, ROOT, install, python, succeeds
 
 pytestmark = pytest.mark.slow
@@ -134,6 +135,20 @@ def test_the_command_line_drives_the_plugin(ours, jackknife, tmp_path):
         quick = ("--set", "passes=1", "--set", "nll_k=5", "--set", "test_images=20")
         trained = json.loads(mcobj("train", "--objective", spec, *quick, "--json"))
         assert trained["config"]["objective"] == spec and trained["metrics"]["nll"] > 0
+
+
+def test_the_plugin_that_the_docs_spell_out_installs_and_conforms(ours, tmp_path):
+    """docs/plugins.md alone: its pyproject.toml, and a module of its first snippet and the other page's estimator."""
+    plugins, estimators = (ROOT / "docs" / page for page in ("plugins.md", "choosing-estimators.md"))
+    place = tmp_path / "project"
+    place.mkdir()
+    (place / "pyproject.toml").write_text(next(f.body for f in fences(plugins) if f.language == "toml"))
+    code = [next(f.body for f in fences(plugins) if f.language == "python")]
+    code += [f.body for f in fences(estimators) if "def loo(" in f.body]
+    (place / "mcobjectives_jackknife.py").write_text("\n\n".join(code))
+    sites = (ours, install(place, tmp_path))
+    check = succeeds(*MCOBJ, "check", "jackknife(k=4, gradient='loo')", sites=sites, cwd=tmp_path)
+    assert "passes" in check
 
 
 def test_without_the_plugin_its_names_are_unknown(ours, tmp_path):

@@ -43,6 +43,7 @@ VARIANTS = [
     VAE(k=3, analytic_kl=True),
     IWAE(k=300),
     IWAE(k=6, kl_weight=0.3, gradient="dreg", chunk_size=2),
+    IWAE(k=4, gradient="vimco"),
     LAlpha(k=6, alpha=2.0),
     Median(k=2),
     Median(k=7),
@@ -52,6 +53,7 @@ VARIANTS = [
     Power(k=6, p=1e-7),
     Power(k=6, p=1000.0),
     Split(generative=IWAE(k=6), inference=MIWAE(k1=3, k2=2)),
+    Split(generative=IWAE(k=4), inference=Power(k=4, p=0.5, gradient="vimco")),
 ]
 
 
