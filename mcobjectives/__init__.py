@@ -44,13 +44,15 @@ _HOME = {
 _MODULE_OF = {name: f"mcobjectives.{module}" for module, names in _HOME.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
-    # Loaded at first use, so that `mcobj --help` and plugin discovery need no torch.
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'mcobjectives' has no attribute {name!r}")
-    value = getattr(import_module(_MODULE_OF[name]), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # for a type checker any name would exist
+
+    def __getattr__(name: str) -> Any:
+        # Loaded at first use, so that `mcobj --help` and plugin discovery need no torch.
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'mcobjectives' has no attribute {name!r}")
+        value = getattr(import_module(_MODULE_OF[name]), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -25,6 +25,17 @@ def catalogue() -> list[Entry]:
     return [_entry(name) for name in plugins.objective_names()]
 
 
+def broken_estimators() -> list[str]:
+    """What is wrong with registered estimators, a line for each that cannot be used."""
+    problems = []
+    for name in plugins.estimator_names():
+        try:
+            plugins.get_estimator(name)
+        except plugins.PluginError as error:
+            problems.append(" ".join(str(error).split()))
+    return problems
+
+
 def _entry(name: str) -> Entry:
     points = plugins.registered(plugins.OBJECTIVES)[name]
     package = " and ".join(plugins.distribution(point) for point in points)
@@ -35,7 +46,8 @@ def _entry(name: str) -> Entry:
             return Entry(name, package, ", ".join(f.name for f in own))  # what it allows depends on what is given
         objective = cls()
     except Exception as error:  # whatever a third party's code raises is its own entry's error
-        return Entry(name, package, error=" ".join(str(error).split()))
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        return Entry(name, package, error=" ".join(f"{kind}{error}".split()))
     parameters = ", ".join(f"{f.name}={getattr(objective, f.name)!r}" for f in own)
     return Entry(name, package, parameters, tuple(e for e in plugins.estimator_names() if _allows(objective, e)))
 

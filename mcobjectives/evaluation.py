@@ -17,7 +17,7 @@ _ROWS_AT_ONCE = {"cpu": 2500, "cuda": 200_000}
 _LOG_WEIGHTS_AT_ONCE = 1000
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Evaluation:
     """Estimates for each data point, `(points,)` float64 on the CPU, from the same k samples; all in nats.
 
@@ -76,6 +76,11 @@ class Evaluation:
         """Fraction of data points whose k-hat is above min(1 - 1 / log10 k, 0.7): k is too small for them."""
         threshold = min(1 - 1 / math.log10(self.k), 0.7) if self.k > 1 else 0.7
         return float((self.khat > threshold).double().mean())
+
+    def __repr__(self) -> str:
+        """The means: what each data point has would fill the screen."""
+        means = ", ".join(f"{name}={value:.5g}" for name, value in self.to_dict().items() if value is not None)
+        return f"{type(self).__name__}({means})"
 
     def to_dict(self) -> dict[str, float | int | None]:
         """The means as plain numbers for JSON; None where there is no finite one."""

@@ -278,7 +278,15 @@ class Objective(ABC):
         # "reparam" with the objective's own weights is plain differentiation of F: no surrogate is needed.
         if self.gradient == "reparam" and type(self).weights is Objective.weights:
             return PLAIN
-        return plan_of(self.weights, self.k)
+        try:
+            return plan_of(self.weights, self.k)
+        except ValueError:
+            raise
+        except Exception as error:
+            who = plugins.whose(plugins.ESTIMATORS, self.gradient)
+            raise plugins.PluginError(
+                f"{who} does not work with {type(self).__name__}: {type(error).__name__}: {error}"
+            ) from error
 
     def __post_init__(self) -> None:
         parts = [name for name in ("k1", "k2") if hasattr(self, name)]

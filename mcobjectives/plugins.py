@@ -9,6 +9,7 @@ from typing import Any
 
 OBJECTIVES = "mcobjectives.objectives"
 ESTIMATORS = "mcobjectives.estimators"
+_METHODS = ("reduce", "bound", "surrogate", "bind")  # of an Objective, which this module does not import
 
 
 class PluginError(ValueError):
@@ -34,7 +35,7 @@ def registered(group: str) -> dict[str, tuple[EntryPoint, ...]]:
 
 
 def distribution(point: EntryPoint) -> str:
-    return point.dist.name if point.dist else "an unknown distribution"
+    return (point.dist and point.dist.name) or "an unknown distribution"
 
 
 @cache
@@ -49,7 +50,7 @@ def load(group: str, name: str) -> Any:
         raise PluginError(f"{kind} {name!r} is claimed by {claims}: uninstall one of them")
     try:
         return points[0].load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # whatever its import does, a program that starts and leaves included
         raise PluginError(
             f"{kind} {name!r} of {distribution(points[0])} ({points[0].value}) cannot be loaded: "
             f"{type(error).__name__}: {error}"
@@ -87,8 +88,11 @@ def get_objective(name: str) -> Callable[..., Any]:
         IWAE(k=5)
     """
     found = load(OBJECTIVES, name)
-    if not (isinstance(found, type) and callable(getattr(found, "reduce", None))):
-        raise PluginError(f"{_whose(OBJECTIVES, name)} is {found!r}, not an Objective class with a reduce method")
+    if not (isinstance(found, type) and all(callable(getattr(found, method, None)) for method in _METHODS)):
+        raise PluginError(
+            f"{whose(OBJECTIVES, name)} is {found!r}, not an Objective class with a reduce method: "
+            "make it a subclass of mcobjectives.Objective"
+        )
     return found
 
 
@@ -105,7 +109,7 @@ def get_estimator(name: str) -> Callable[..., Any]:
     found = load(ESTIMATORS, name)
     if not callable(found):
         raise PluginError(
-            f"{_whose(ESTIMATORS, name)} is {found!r}, not a function (objective, log_weights) -> (a, c, s)"
+            f"{whose(ESTIMATORS, name)} is {found!r}, not a function (objective, log_weights) -> (a, c, s)"
         )
     return found
 
@@ -114,5 +118,6 @@ def _kind(group: str) -> str:
     return group.rsplit(".", 1)[-1].removesuffix("s")
 
 
-def _whose(group: str, name: str) -> str:
+def whose(group: str, name: str) -> str:
+    """A plugin with the distribution that it is of, for messages."""
     return f"{_kind(group)} {name!r} of {distribution(registered(group)[name][0])}"

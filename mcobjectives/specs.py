@@ -14,7 +14,7 @@ from typing import Any
 
 from mcobjectives.objective import Objective
 from mcobjectives.objectives import Split
-from mcobjectives.plugins import PluginError, get_objective, objective_names
+from mcobjectives.plugins import OBJECTIVES, PluginError, get_objective, objective_names, whose
 
 _LONGEST = 2000
 
@@ -55,7 +55,7 @@ def import_objective(spec: str) -> Objective:
     name, node = _parse(spec, rest)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _error(spec, f"cannot import {module_name}: {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, Objective)):
@@ -159,8 +159,10 @@ def _build(spec: str, text: str, name: str, cls: Any, node: ast.Call | None) -> 
     try:
         return cls(**options)
     except Exception as error:
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise _error(spec, f"{kind}{error}") from error
+        if isinstance(error, ValueError):
+            raise _error(spec, str(error)) from error
+        who = whose(OBJECTIVES, name) if name in objective_names() else cls.__qualname__
+        raise _error(spec, f"{who} cannot be made: {type(error).__name__}: {error}") from error
 
 
 def _source(text: str, node: ast.expr) -> str:

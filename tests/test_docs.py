@@ -130,6 +130,15 @@ def test_only_other_libraries_code_is_not_run():
         assert "```" not in unfenced, f"{name_of(page)}: a fence that the tests do not see"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_reader_sees_no_code_block_that_the_tests_do_not(page):
+    """By the site's own renderer: whatever makes a code block, tildes and indentation too, is one of the fences."""
+    markdown = pytest.importorskip("markdown")
+    pytest.importorskip("pymdownx")
+    rendered = markdown.markdown(page.read_text(), extensions=["pymdownx.superfences", "admonition", "md_in_html"])
+    assert rendered.count("<pre") == len(fences(page))
+
+
 # Docstrings.
 
 

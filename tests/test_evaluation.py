@@ -253,6 +253,12 @@ def test_no_graph_is_left():
     assert not evaluate(model, data(), k=3).log_likelihood.requires_grad
 
 
+def test_its_repr_is_the_means():
+    found = evaluate(LinearGaussian(), data(5), k=30)
+    assert repr(found).startswith(f"Evaluation(points=5, k=30, nll={found.nll:.5g}, ") and "tensor" not in repr(found)
+    assert len(repr(found)) < 400
+
+
 def test_to_dict_is_plain_json():
     torch.manual_seed(0)
     found = evaluate(LinearGaussian(shift=0.5), data(), k=200)

@@ -79,6 +79,40 @@ def test_ddp(data, objective):
     agree(found, eager(objective, model, x))
 
 
+def worker(rank: int, folder: str, objectives: list[Objective], model: Model, x) -> None:
+    """One of two processes: its half of the batch, its own seed; it leaves the gradients after DDP's average."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    try:
+        for number, objective in enumerate(objectives):
+            replica = DistributedDataParallel(objective.bind(copy.deepcopy(model)))
+            for _ in range(2):
+                replica.zero_grad()
+                torch.manual_seed(rank)
+                replica(x.chunk(2)[rank]).backward()
+            torch.save([p.grad for p in replica.parameters()], f"{folder}/{number}-{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ddp_of_two_processes_averages_the_gradients_of_their_halves(data, tmp_path):
+    model, x = data
+    torch.multiprocessing.start_processes(worker, (str(tmp_path), OBJECTIVES, model, x), nprocs=2)
+    for number, objective in enumerate(OBJECTIVES):
+        halves = []
+        for rank in (0, 1):
+            bound = objective.bind(copy.deepcopy(model))
+            torch.manual_seed(rank)
+            bound(x.chunk(2)[rank]).backward()
+            halves.append([p.grad for p in bound.parameters()])
+        for rank in (0, 1):
+            found = torch.load(tmp_path / f"{number}-{rank}.pt", weights_only=True)
+            for gradient, first, second in zip(found, *halves, strict=True):
+                assert gradient.abs().max() > 0 and not torch.allclose(first, second)
+                torch.testing.assert_close(gradient, (first + second) / 2)
+
+
 @pytest.mark.parametrize(
     "objective", [o for o in OBJECTIVES if o.gradient != "dreg" and o.chunk_size is None], ids=repr
 )

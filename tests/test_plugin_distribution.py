@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from test_docs import fences
+from wheels import MCOBJ, ROOT, install, python, succeeds
 
 pytestmark = pytest.mark.slow
 
-PLUGIN = Path(__file__).parent.parent / "examples" / "plugin"
-
-
-def python(*arguments: str, sites: tuple[Path, ...] = (), cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Python on these arguments, with nothing on its path but what is installed and the given sites."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sites)), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
-    )
-
-
-def install(project: Path, place: Path) -> Path:
-    """Build the project's wheel and install it into a folder of its own, which is returned."""
-    wheels, site = place / "wheels", place / "site"
-    built = python("-m", "build", "--wheel", "--no-isolation", "--outdir", str(wheels), str(project), cwd=place)
-    assert built.returncode == 0, built.stdout + built.stderr
-    (wheel,) = wheels.glob("*.whl")
-    pip = python("-m", "pip", "install", "--no-index", "--no-deps", "--target", str(site), str(wheel), cwd=place)
-    assert pip.returncode == 0, pip.stdout + pip.stderr
-    return site
+PLUGIN = ROOT / "examples" / "plugin"
 
 
 def project(place: Path, name: str, code: str, objectives: dict[str, str]) -> Path:
@@ -48,6 +29,12 @@ def project(place: Path, name: str, code: str, objectives: dict[str, str]) -> Pa
         f'[tool.hatch.build.targets.wheel]\ninclude = ["{module}.py"]\n'
     )
     return place
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory) -> Path:
+    """The library's own wheel, installed like the plugins', so that none of this runs on its sources."""
+    return install(ROOT, tmp_path_factory.mktemp("ours"))
 
 
 @pytest.fixture(scope="module")
@@ -80,16 +67,16 @@ def faulty(tmp_path_factory) -> Path:
 
 
 def run(code: str, *sites: Path, cwd: Path) -> str:
-    found = python("-c", textwrap.dedent(code), sites=sites, cwd=cwd)
-    assert found.returncode == 0, found.stdout + found.stderr
-    return found.stdout
+    return succeeds("-c", textwrap.dedent(code), sites=sites, cwd=cwd)
 
 
 DRIVE = """
     import sys, torch, mcobjectives
+    from pathlib import Path
     from torch.distributions import Bernoulli, Independent, Normal
     from mcobjectives.specs import format_objective, parse_objective
 
+    assert Path(mcobjectives.__file__).parent.parent.name == "site"  # the wheel that was installed
     assert "mcobjectives_jackknife" not in sys.modules  # discovery alone imports no plugin
     assert "jackknife" in mcobjectives.objective_names() and "loo" in mcobjectives.estimator_names()
     assert "mcobjectives_jackknife" not in sys.modules
@@ -130,26 +117,55 @@ DRIVE = """
 """
 
 
-def test_the_installed_plugin_is_found_by_name_and_trains_models(jackknife, tmp_path):
-    output = run(DRIVE, jackknife, cwd=tmp_path)
+def test_the_installed_plugin_is_found_by_name_and_trains_models(ours, jackknife, tmp_path):
+    output = run(DRIVE, ours, jackknife, cwd=tmp_path)
     assert "gradient='loo' needs at least two samples" in output
     assert "gradient='loo' needs an objective of any number of samples" in output
 
 
-def test_without_the_plugin_its_names_are_unknown(tmp_path):
+def test_the_command_line_drives_the_plugin(ours, jackknife, tmp_path):
+    def mcobj(*words: str) -> str:
+        return succeeds(*MCOBJ, *words, sites=(ours, jackknife), cwd=tmp_path)
+
+    found = {entry["name"]: entry for entry in json.loads(mcobj("objectives", "--json"))}
+    assert found["jackknife"]["package"] == "mcobjectives-jackknife" and not found["jackknife"]["error"]
+    assert "loo" in found["iwae"]["estimators"] and "loo" in found["jackknife"]["estimators"]
+    assert "passes" in mcobj("check", "jackknife(k=4)")
+    for spec in ("jackknife(k=3, gradient='dreg')", "iwae(k=3, gradient='loo')"):
+        quick = ("--set", "passes=1", "--set", "nll_k=5", "--set", "test_images=20")
+        trained = json.loads(mcobj("train", "--objective", spec, *quick, "--json"))
+        assert trained["config"]["objective"] == spec and trained["metrics"]["nll"] > 0
+
+
+def test_the_plugin_that_the_docs_spell_out_installs_and_conforms(ours, tmp_path):
+    """docs/plugins.md alone: its pyproject.toml, and a module of its first snippet and the other page's estimator."""
+    plugins, estimators = (ROOT / "docs" / page for page in ("plugins.md", "choosing-estimators.md"))
+    place = tmp_path / "project"
+    place.mkdir()
+    (place / "pyproject.toml").write_text(next(f.body for f in fences(plugins) if f.language == "toml"))
+    code = [next(f.body for f in fences(plugins) if f.language == "python")]
+    code += [f.body for f in fences(estimators) if "def loo(" in f.body]
+    (place / "mcobjectives_jackknife.py").write_text("\n\n".join(code))
+    sites = (ours, install(place, tmp_path))
+    check = succeeds(*MCOBJ, "check", "jackknife(k=4, gradient='loo')", sites=sites, cwd=tmp_path)
+    assert "passes" in check
+
+
+def test_without_the_plugin_its_names_are_unknown(ours, tmp_path):
     output = run(
         """
         import mcobjectives
         print("jackknife" in mcobjectives.objective_names(), "loo" in mcobjectives.estimator_names())
         """,
+        ours,
         cwd=tmp_path,
     )
     assert output.split() == ["False", "False"]
 
 
-def test_the_plugins_own_tests_pass_where_it_is_installed(jackknife, tmp_path):
+def test_the_plugins_own_tests_pass_where_it_is_installed(ours, jackknife, tmp_path):
     shutil.copytree(PLUGIN / "tests", tmp_path / "tests")
-    found = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", sites=(jackknife,), cwd=tmp_path)
+    found = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", sites=(ours, jackknife), cwd=tmp_path)
     assert found.returncode == 0 and "2 passed" in found.stdout, found.stdout + found.stderr
 
 
@@ -178,14 +194,14 @@ REPORT = """
 """
 
 
-def test_two_distributions_that_claim_a_name_are_both_named(jackknife, rival, tmp_path):
-    lines = run(REPORT, jackknife, rival, cwd=tmp_path).splitlines()
+def test_two_distributions_that_claim_a_name_are_both_named(ours, jackknife, rival, tmp_path):
+    lines = run(REPORT, ours, jackknife, rival, cwd=tmp_path).splitlines()
     claims = "mcobjectives-jackknife and rival-jackknife"
     assert lines == [f"jackknife: objective 'jackknife' is claimed by {claims}: uninstall one of them"]
 
 
-def test_faults_of_a_plugin_are_reported_by_its_distribution_and_break_nothing_else(jackknife, faulty, tmp_path):
-    lines = dict(line.split(": ", 1) for line in run(REPORT, jackknife, faulty, cwd=tmp_path).splitlines())
+def test_faults_of_a_plugin_are_reported_by_its_distribution_and_break_nothing_else(ours, jackknife, faulty, tmp_path):
+    lines = dict(line.split(": ", 1) for line in run(REPORT, ours, jackknife, faulty, cwd=tmp_path).splitlines())
     assert set(lines) == {"needy", "nameless", "function"}
     assert "needy-objectives" in lines["needy"] and "No module named 'not_installed_anywhere'" in lines["needy"]
     assert "confused-objectives" in lines["nameless"] and "AttributeError" in lines["nameless"]

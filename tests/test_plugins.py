@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import textwrap
 from importlib import metadata
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 from toys import LinearGaussian, loss_gradient
 
-from mcobjectives import IWAE, PluginError, estimator_names, get_estimator, get_objective, objective_names, plugins
+from mcobjectives import IWAE, PluginError, cli, estimator_names, get_estimator, get_objective, objective_names, plugins
+from mcobjectives.catalogue import catalogue
+from mcobjectives.specs import parse_objective
 
 
 def forget():
@@ -118,11 +121,13 @@ def test_a_broken_plugin_is_reported_by_its_distribution_and_breaks_nothing_else
     install("acme-broken", "import not_installed_anywhere", objectives={"acme_broken": "acme_broken:Thing"})
     install("acme-missing", "", objectives={"acme_missing": "acme_missing:Thing"})
     install("acme-raising", "raise RuntimeError('boom')", objectives={"acme_raising": "acme_raising:Thing"})
-    assert {"acme_broken", "acme_missing", "acme_raising"} <= set(objective_names())
+    install("acme-leaving", "import sys; sys.exit(3)", objectives={"acme_leaving": "acme_leaving:Thing"})
+    assert {"acme_broken", "acme_missing", "acme_raising", "acme_leaving"} <= set(objective_names())
     for name, why in [
         ("acme_broken", "ModuleNotFoundError: .*not_installed_anywhere"),
         ("acme_missing", "AttributeError"),
         ("acme_raising", "RuntimeError: boom"),
+        ("acme_leaving", "SystemExit: 3"),
     ]:
         with pytest.raises(
             PluginError, match=rf"objective '{name}' of {name.replace('_', '-')} .*cannot be loaded: {why}"
@@ -162,6 +167,77 @@ def test_what_is_not_an_objective_or_an_estimator_is_refused(install):
         get_estimator("odd")
     with pytest.raises(ValueError, match="estimator 'odd'"):
         IWAE(k=2, gradient="odd")
+
+
+def test_what_only_looks_like_an_objective_is_refused(install):
+    install("acme-duck", "class Duck:\n    def reduce(self, log_w): pass\n", objectives={"duck": "acme_duck:Duck"})
+    with pytest.raises(PluginError, match=r"'duck' of acme-duck .* make it a subclass of mcobjectives\.Objective"):
+        get_objective("duck")
+
+
+def test_a_distribution_without_a_name_is_reported_all_the_same(install, tmp_path):
+    install("acme-anonymous", "import nowhere_at_all", objectives={"anonymous": "acme_anonymous:Thing"})
+    (tmp_path / "acme_anonymous-1.0.dist-info" / "METADATA").unlink()
+    forget()
+    with pytest.raises(PluginError, match="'anonymous' of an unknown distribution"):
+        get_objective("anonymous")
+
+
+CONSTRUCTED = """
+    from dataclasses import dataclass
+    from mcobjectives import Objective
+
+    @dataclass(frozen=True)
+    class Stumbles(Objective):
+        k: int = 8
+
+        def reduce(self, log_w):
+            return log_w.amin(0)
+
+        def __post_init__(self):
+            raise KeyError("oops")
+
+    @dataclass(frozen=True)
+    class Unfinished(Objective):
+        k: int = 8
+
+    def two(objective, log_w):
+        return log_w, log_w
+"""
+
+
+def test_what_fails_when_it_is_made_is_reported_by_its_distribution(install):
+    points = {"stumbles": "acme_made:Stumbles", "unfinished": "acme_made:Unfinished"}
+    install("acme-made", CONSTRUCTED, objectives=points, estimators={"two": "acme_made:two"})
+    for spec, why in [
+        ("stumbles", "objective 'stumbles' of acme-made cannot be made: KeyError: 'oops'"),
+        ("unfinished(k=3)", "objective 'unfinished' of acme-made cannot be made: TypeError: .*abstract"),
+        ("iwae(gradient='two')", "estimator 'two' of acme-made does not work with IWAE: TypeError: "),
+    ]:
+        with pytest.raises(ValueError, match=why):
+            parse_objective(spec)
+    entries = {entry.name: entry for entry in catalogue()}
+    assert entries["stumbles"].package == entries["unfinished"].package == "acme-made"
+    assert entries["stumbles"].error == "KeyError: 'oops'" and "abstract" in entries["unfinished"].error
+    assert not entries["iwae"].error and "two" not in entries["iwae"].estimators
+
+
+def test_the_command_line_lists_every_broken_plugin_and_all_that_works(install, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["mcobj", "objectives", "--json"])
+    install("acme-broken", "import not_installed_anywhere", objectives={"acme_broken": "acme_broken:Thing"})
+    install("acme-gradients", "", estimators={"acme_half": "acme_gradients:half", "acme_pi": "math:pi"})
+    install("acme-rival", MIN_WEIGHT, estimators={"vimco": "acme_rival:MinWeight"})
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 0
+    out, err = capsys.readouterr()
+    found = {entry["name"]: entry for entry in json.loads(out)}
+    assert found["acme_broken"]["package"] == "acme-broken" and "not_installed" in found["acme_broken"]["error"]
+    assert not found["iwae"]["error"] and {"dreg", "score"} <= set(found["iwae"]["estimators"])
+    half, pi, vimco = sorted(err.splitlines())
+    assert half.startswith("broken: estimator 'acme_half' of acme-gradients (acme_gradients:half) cannot be loaded")
+    assert pi.startswith("broken: estimator 'acme_pi' of acme-gradients is 3.14")
+    assert vimco == "broken: estimator 'vimco' is claimed by acme-rival and mcobjectives: uninstall one of them"
 
 
 def test_an_unknown_name_lists_what_there_is():

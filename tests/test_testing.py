@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 
@@ -20,6 +21,9 @@ from mcobjectives.testing.models import model_findings
 from mcobjectives.testing.objectives import objective_findings
 
 torch.set_num_threads(1)
+
+
+REGISTERED, LOAD = plugins.registered, plugins.load
 
 
 def broken(findings):
@@ -39,6 +43,7 @@ VARIANTS = [
     VAE(k=3, analytic_kl=True),
     IWAE(k=300),
     IWAE(k=6, kl_weight=0.3, gradient="dreg", chunk_size=2),
+    IWAE(k=4, gradient="vimco"),
     LAlpha(k=6, alpha=2.0),
     Median(k=2),
     Median(k=7),
@@ -48,6 +53,7 @@ VARIANTS = [
     Power(k=6, p=1e-7),
     Power(k=6, p=1000.0),
     Split(generative=IWAE(k=6), inference=MIWAE(k1=3, k2=2)),
+    Split(generative=IWAE(k=4), inference=Power(k=4, p=0.5, gradient="vimco")),
 ]
 
 
@@ -284,6 +290,31 @@ def test_a_broken_surrogate_breaks_every_estimator(mutant):
     assert broken(objective_findings(mutant())) == expected
 
 
+def spoilable(name):
+    """Which of phi's arrays an estimator has."""
+    weights = IWAE(k=4, gradient=name).weights(torch.zeros(4, 1))
+    return "c" if weights.s is None else "s"
+
+
+@pytest.mark.filterwarnings("ignore:gradient='stl' is biased")
+@pytest.mark.parametrize("part", ["a", "phi"])
+@pytest.mark.parametrize("name", [n for n in own_names(plugins.ESTIMATORS) if n != "reparam"])  # F itself, above
+def test_a_mutated_estimator_breaks_its_property_and_no_other(monkeypatch, name, part):
+    """Objectives are checked with the library's own estimators: spoil one of those, in theta's weights or in phi's."""
+    right, phi = LOAD(plugins.ESTIMATORS, name), spoilable(name)
+
+    def spoilt(objective, log_w):
+        weights = right(objective, log_w)
+        array = "a" if part == "a" else phi
+        return weights._replace(**{array: 1.1 * getattr(weights, array)})
+
+    monkeypatch.setattr(plugins, "load", lambda group, key: spoilt if key == name else LOAD(group, key))
+    subject = VAE(k=3) if name == "stl" else Sound()  # STL is unbiased only where F is linear
+    findings = [f for f in objective_findings(subject) if f.passed is False]
+    assert {f.property for f in findings} == {f"estimator {name}"}
+    assert re.search(r"expected gradient", findings[0].message) and "Usual cause: " in findings[0].message
+
+
 class AcceptsAnything(Median):
     """Claims slopes that jump and gets past the refusal."""
 
@@ -339,9 +370,6 @@ def test_the_message_shows_the_property_the_numbers_and_the_cause():
 
 
 # Estimators.
-
-
-REGISTERED, LOAD = plugins.registered, plugins.load
 
 
 def register(monkeypatch, estimator):

@@ -17,10 +17,12 @@ def objectives(as_json: Json = False) -> None:
     """List the installed objectives: from which package, their parameters, the gradient estimators they allow."""
     from rich.markup import escape
 
-    from mcobjectives.catalogue import catalogue
-    from mcobjectives.cli.show import console, grid
+    from mcobjectives.catalogue import broken_estimators, catalogue
+    from mcobjectives.cli.show import console, errors, grid
 
     entries = catalogue()
+    for problem in broken_estimators():
+        errors.print(f"broken: {problem}", markup=False, highlight=False, soft_wrap=True)
     if as_json:
         print(json.dumps([asdict(entry) for entry in entries], indent=1))
         return

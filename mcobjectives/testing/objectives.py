@@ -73,6 +73,8 @@ def _find(objective: Objective, name: str, check: Callable[[Any], None], cause: 
 
 _AXIS = "a reduction over the wrong axis: samples are axis 0, data points axis 1"
 
+_SINGLE = "where seven digits agree, a float32 constant: torch.tensor(...) without dtype, for math.log(k)"
+
 _Stage = dict[str, tuple[Callable[[Any], None], str]]
 
 _FORM: _Stage = {
@@ -89,8 +91,8 @@ _SEPARATE: _Stage = {
 _PROMISES: _Stage = {
     "shift": (promises.shift, "a constant, a clamp or a function other than exp applied to log-weights"),
     "permutation": (promises.permutation, "samples used by their position (the first, halves, groups)"),
-    "one_sample": (promises.one_sample, "a missing -log k, or k - 1 in a denominator"),
-    "bounds": (promises.bounds, "a missing -log k, a sum for a mean, or a term that extrapolates"),
+    "one_sample": (promises.one_sample, f"a missing -log k, or k - 1 in a denominator; {_SINGLE}"),
+    "bounds": (promises.bounds, f"a missing -log k, a sum for a mean, or a term that extrapolates; {_SINGLE}"),
     "monotone": (promises.monotone, "a wrong sign, or a term that is subtracted"),
     "extreme": (promises.extreme, "exp before log: stay in log space (torch.logsumexp, mcobjectives.reductions)"),
     "dtype": (promises.dtype, ".double(), .float(), or torch.tensor(...) without dtype=log_w.dtype"),

@@ -23,7 +23,7 @@ def resized(objective: Objective, k: int, **changes: Any) -> Objective:
         groups = 2 if k % 2 == 0 else 1
         sizes = {"k1": k // groups, "k2": groups}
     elif parts:
-        sizes = {name: resized(part, k) for name, part in parts.items()}
+        sizes = {name: resized(part, k, **changes) for name, part in parts.items()}
     else:
         raise ValueError(f"{type(objective).__name__} has no field k, so it cannot be made with k = {k}")
     other = dataclasses.replace(objective, **PLAIN, **sizes, **changes)
