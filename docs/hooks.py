@@ -428,6 +428,23 @@ def overhead() -> str:
     )
 
 
+def evaluation() -> str:
+    """What large-k evaluation costs over its bare matrix products."""
+    record = _read("evaluation.json")
+    if record is None:
+        return _not_run(
+            "python benchmarks/evaluation.py --out benchmarks/results/evaluation.json"
+        )
+    lines = [
+        (row["name"], f"{row['seconds']:.2f}", f"{row['over_products']:.2f}")
+        for row in record["rows"]
+    ]
+    header = ("", "seconds", "over the products")
+    said = f"IWAE-{record['k']} of {record['images']} images, float32."
+    table = _markdown_table(header, lines, right=range(1, 3))
+    return "\n\n".join((table, said, _provenance([record])))
+
+
 def precision() -> str:
     """What reduced-precision products do to log-weights, normalised weights and the bound."""
     record = _read("precision.json")
@@ -643,6 +660,7 @@ GENERATORS: dict[str, Callable[[], str]] = {
         speed,
         memory,
         overhead,
+        evaluation,
         precision,
         time_to_nll,
         snr,
