@@ -197,10 +197,11 @@ def _layers(h: Any) -> tuple[Tensor, ...]:
     return (h,) if isinstance(h, Tensor) else tuple(h)
 
 
-def paper_model(layers: int, pixel_means: Tensor) -> PaperModel:
-    """The paper's 1L (pixels-200-200-50) or 2L (200-200-100, 100-100-50) model."""
+def paper_model(layers: int, pixel_means: Tensor, latent: int | None = None) -> PaperModel:
+    """The paper's 1L (pixels-200-200-50) or 2L (200-200-100, 100-100-50) model, or with another topmost width."""
     architectures = paper()["architectures"]
     if str(layers) not in architectures:
         raise ValueError(f"layers must be one of {', '.join(architectures)}, got {layers!r}")
     widths = architectures[str(layers)]
-    return PaperModel(pixel_means, widths["hidden"], widths["latent"])
+    units = widths["latent"] if latent is None else [*widths["latent"][:-1], latent]
+    return PaperModel(pixel_means, widths["hidden"], units)

@@ -54,22 +54,25 @@ class Config:
     preset: Preset
     seed: int = 0
     after: str | None = None
+    latent: int | None = None
+    """Units of the topmost stochastic layer, None for the paper's."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < LARGEST_SEED:
             raise ValueError(f"seed must be from 0 to {LARGEST_SEED - 1}, got {self.seed}")
 
     def to_dict(self, data_sha256: str) -> dict[str, Any]:
-        """As plain JSON values, with the data's checksum."""
-        return json.loads(json.dumps(asdict(self) | {"data_sha256": data_sha256}))
+        """As plain JSON values, with the data's checksum; `latent` only where it is not the paper's."""
+        record = json.loads(json.dumps(asdict(self) | {"data_sha256": data_sha256}))
+        return record if self.latent is not None else {k: v for k, v in record.items() if k != "latent"}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any], **changes: Any) -> Config:
         """The configuration of a record, with changes to its preset."""
         preset = dict(record["preset"]) | changes
         preset |= {"stages": tuple(map(tuple, preset["stages"])), "betas": tuple(preset["betas"])}
-        kept = {f.name: record[f.name] for f in fields(cls) if f.name != "preset"}
-        return cls(**kept, preset=Preset(**preset))
+        kept = {f.name: record[f.name] for f in fields(cls) if f.name not in ("preset", "latent")}
+        return cls(**kept, preset=Preset(**preset), latent=record.get("latent"))
 
     @property
     def first_stage_name(self) -> str:
@@ -81,7 +84,8 @@ class Config:
     def name(self) -> str:
         """A file name that says what was trained."""
         after = "" if self.after is None else f"-after-{_slug(self.after)}"
-        return f"{self.dataset}-{self.binarisation}-{self.layers}L-{_slug(self.objective)}{after}-seed{self.seed}"
+        model = f"{self.layers}L" if self.latent is None else f"{self.layers}L-latent{self.latent}"
+        return f"{self.dataset}-{self.binarisation}-{model}-{_slug(self.objective)}{after}-seed{self.seed}"
 
 
 def _slug(spec: str) -> str:
@@ -131,7 +135,7 @@ class Trainer:
         drawn = binarise(self.pixels, config.binarisation, self._generator("once"))  # an unfit protocol raises here
         if config.binarisation == "once":
             self.pixels = drawn
-        self.model: PaperModel = paper_model(config.layers, dataset.train.mean(0)).to(device)
+        self.model: PaperModel = paper_model(config.layers, dataset.train.mean(0), config.latent).to(device)
         self.optimiser = flat_adam(self.model, self.preset.betas, self.preset.eps)
         self.epoch = self.step = 0
         self.total = torch.zeros((), dtype=torch.float64, device=device)  # of the current pass's bounds
