@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from mcobjectives.cli import inspect, run
+from mcobjectives.cli import inspect, publish, run
 
 app = typer.Typer(
     name="mcobj",
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command()(run.reproduce)
 app.command()(run.train)
 app.command()(run.evaluate)
+app.command()(publish.figure)
 app.command()(inspect.objectives)
 app.command()(inspect.data)
 app.command()(inspect.check)

@@ -40,7 +40,7 @@ Overrides = Annotated[
 ]
 Dataset = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(help="digits (built in), mnist, binarized_mnist, omniglot, fashion_mnist; default: the table's own."),
+    typer.Option(help="digits (built in), mnist, binarized_mnist, omniglot, fashion_mnist; default: the paper's."),
 ]
 Binarisation = Annotated[
     Optional[str],  # noqa: UP045

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 import typer
 
 from mcobjectives.cli.show import CellBar, console, duration, errors, grid, interruptible, progress
-from mcobjectives_examples import checkpoints, render
-from mcobjectives_examples.cells import evaluate_model, recorded, run_cell, test_images
+from mcobjectives_examples import checkpoints, drawing, figures, render
+from mcobjectives_examples.cells import checkpoint_path, evaluate_model, recorded, run_cell, test_images
 from mcobjectives_examples.datasets import Dataset, load
 from mcobjectives_examples.engine import require_engine
 from mcobjectives_examples.findings import LEAST_SEEDS, NOISE, findings
@@ -158,7 +159,7 @@ def evaluate_checkpoint(
     if dataset.checksum != record["data_sha256"]:
         raise checkpoints.CheckpointError(f"{path} was trained on other data than {config.dataset} in this data folder")
     with checkpoints.readable(path):
-        model = paper_model(config.layers, dataset.train.mean(0)).to(chosen_device)
+        model = paper_model(config.layers, dataset.train.mean(0), config.latent).to(chosen_device)
         model.load_state_dict(state["model"])
     if passes < config.preset.passes:
         errors.print(f"not trained to its end: {passes} of {render.counted(config.preset.passes, 'pass')}")
@@ -171,6 +172,56 @@ def evaluate_checkpoint(
             raise typer.Exit(130) from None
         bar.close()
     return config.name, {"config": record, "metrics": metrics}
+
+
+def draw_figure(
+    number: int,
+    preset: Preset,
+    out: Path,
+    *,
+    cap: int | None,
+    dataset: str | None,
+    seed: int,
+    runs: Path,
+    data_dir: Path | None,
+    download: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Train what a figure misses, draw it, and say where it is and what it shows."""
+    drawing.require_drawing(out)
+    chosen_device = pick_device(device)
+    configs = figures.configurations(number, preset, dataset=dataset, seed=seed, cap=cap)
+    loaded = load(configs[0].dataset, data_dir, download=download)
+    if number == 2:
+        figures.test_labels(loaded.name, data_dir)  # a missing file shows before the work
+    missing = [config for config in configs if not checkpoint_path(runs, config).exists()]
+    if missing:  # a figure needs no NLL
+        _announce([replace(c, preset=replace(c.preset, nll_k=1)) for c in missing], loaded, chosen_device)
+    models = []
+    with interruptible() as stop, progress() as bars:
+        bar = CellBar(bars)
+        for config in configs:
+            bar.start(config.name)
+            try:
+                models.append(
+                    figures.trained(
+                        config, loaded, runs, chosen_device, on_progress=bar.update, stop=stop, note=errors.print
+                    )
+                )
+            except Interrupted:
+                errors.print(f"interrupted: the checkpoint is in {runs}; the same command goes on", markup=False)
+                raise typer.Exit(130) from None
+            except checkpoints.CheckpointError as error:
+                raise checkpoints.CheckpointError(str(error).replace("--out", "--runs")) from error
+        bar.close()
+    content = figures.content(number, configs, models, loaded, data_dir)
+    record = drawing.save(out, content, configs, loaded)
+    if as_json:
+        print(json.dumps(record, indent=1))
+    else:
+        console.print(f"{content.title}. {content.caption}", markup=False, highlight=False)
+        console.print(f"Wrote {out}.", markup=False, highlight=False, soft_wrap=True)
 
 
 def tensorboard_log(folder: Path | None) -> Log | None:

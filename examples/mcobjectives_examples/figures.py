@@ -1,0 +1,242 @@
+"""Figures 2 to 5 of the paper: which models each shows, and what it shows of them, as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import Normal
+
+from mcobjectives.evaluation import posterior_means
+from mcobjectives.likelihoods import bernoulli_log_likelihood
+from mcobjectives.specs import parse_objective
+from mcobjectives_examples.cells import OnProgress, checkpoint_path
+from mcobjectives_examples.datasets import Dataset, test_set
+from mcobjectives_examples.engine import set_precision
+from mcobjectives_examples.labels import class_names, test_labels
+from mcobjectives_examples.models import PaperModel
+from mcobjectives_examples.presets import Preset, capped
+from mcobjectives_examples.training import Config, Trainer, canonical
+
+SIDE = 20
+"""Images along one side of the manifold."""
+SHOWN = 10
+"""Images of an encode-decode grid."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One of the paper's figures: what it is, on which data, of which models."""
+
+    title: str
+    dataset: str
+    latent: int | None
+    objectives: tuple[str, ...] = ("vae(k=1)", "iwae(k=50)")
+
+
+FIGURES = {
+    2: Figure("Posterior means in two latent dimensions", "mnist", 2),
+    3: Figure("Encoded and decoded again", "mnist", None),
+    4: Figure("Encoded and decoded again, grey pixels", "fashion_mnist", None),
+    5: Figure("The manifold of two latent dimensions", "mnist", 2, ("iwae(k=50)",)),
+}
+
+
+def figure(number: int) -> Figure:
+    """The figure of that number; raises `ValueError` for one that is not drawn from models."""
+    if number not in FIGURES:
+        raise ValueError(f"unknown figure {number!r}: choose from {', '.join(map(str, FIGURES))}")
+    return FIGURES[number]
+
+
+def configurations(
+    number: int, preset: Preset, *, dataset: str | None = None, seed: int = 0, cap: int | None = None
+) -> list[Config]:
+    """The models that a figure shows, as configurations of a preset; one where a cap on k makes them equal."""
+    wanted = figure(number)
+    name = dataset or wanted.dataset
+    protocol = preset.binarisation_of(name)  # an unknown data set raises here
+    if number == 2:
+        class_names(name)  # as does one without classes
+    specs = dict.fromkeys(canonical(capped(spec, cap)) for spec in wanted.objectives)
+    return [Config(name, protocol, 1, spec, preset, seed, latent=wanted.latent) for spec in specs]
+
+
+def trained(
+    config: Config,
+    dataset: Dataset,
+    runs: Path,
+    device: torch.device,
+    *,
+    on_progress: OnProgress = lambda what, done, total: None,
+    stop: Callable[[], bool] = lambda: False,
+    note: Callable[[str], None] = lambda text: None,
+) -> PaperModel:
+    """The configuration's model from its checkpoint in `runs`, trained to its end first where it is not."""
+    trainer = Trainer(config, dataset, device, checkpoint_path(runs, config), note=note)
+    trainer.restore()
+    if trainer.epoch < config.preset.passes:
+        trainer.run(lambda progress: on_progress("train", progress.done, progress.passes), stop)
+    set_precision("highest")
+    return trainer.model.eval()
+
+
+def model_label(config: Config) -> str:
+    """ "IWAE, k = 50"."""
+    return f"{config.objective.partition('(')[0].upper()}, k = {parse_objective(config.objective).k}"
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """Where q puts the test images.
+
+    Args:
+        means: posterior means, `(n, 2)`.
+        labels: the class of each image, `(n,)`.
+        spread: standard deviation of the means over images, averaged over both dimensions.
+        width: standard deviation of q, averaged over images and dimensions.
+    """
+
+    means: np.ndarray
+    labels: np.ndarray
+    spread: float
+    width: float
+
+
+@torch.no_grad()
+def latent_space(model: PaperModel, images: Tensor, labels: np.ndarray) -> LatentSpace:
+    """Posterior means of images, `(n, pixels)`, with their classes."""
+    [(means, _)] = posterior_means(model, images, n=2)  # exact: no samples are needed
+    width = torch.cat([model.posterior(batch).stddev for batch in images.split(1000)]).double().mean()
+    return LatentSpace(means.cpu().numpy(), labels, float(means.std(0).mean()), float(width))
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Images decoded from their posterior means.
+
+    Args:
+        pixels: probabilities, `(n, pixels)`.
+        errors: cross-entropy between image and reconstruction, summed over pixels, `(n,)`, nats.
+    """
+
+    pixels: np.ndarray
+    errors: np.ndarray
+
+    @property
+    def error(self) -> float:
+        """The mean over images, nats."""
+        return float(self.errors.mean())
+
+
+@torch.no_grad()
+def reconstruct(model: PaperModel, images: Tensor) -> Reconstruction:
+    """Images, `(n, pixels)`, encoded to the posterior mean and decoded again, by a model of one stochastic layer."""
+    pixels, errors = [], []
+    for batch in images.split(1000):
+        logits = model.decoder(model.posterior(batch).mean)
+        pixels.append(logits.sigmoid())
+        errors.append(-bernoulli_log_likelihood(logits, batch).double())
+    return Reconstruction(torch.cat(pixels).cpu().numpy(), torch.cat(errors).cpu().numpy())
+
+
+@torch.no_grad()
+def manifold(model: PaperModel, side: int = SIDE) -> np.ndarray:
+    """Decoded quantiles (i + 1/2) / side of N(0, 1) in both dimensions, `(side, side, pixels)`.
+
+    Columns are the first dimension, rising to the right; rows the second, rising upwards.
+    """
+    first = next(model.parameters())
+    quantiles = Normal(0.0, 1.0).icdf((torch.arange(side, dtype=torch.float64) + 0.5) / side).to(first)
+    h = torch.stack(torch.meshgrid(quantiles, quantiles.flip(0), indexing="xy"), -1)
+    return model.decode(h).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a figure shows: for each model its label and its numbers, and words for those who do not see it."""
+
+    number: int
+    title: str
+    caption: str
+    alt: str
+    labels: tuple[str, ...]
+    parts: tuple[LatentSpace | Reconstruction | np.ndarray, ...]
+    shape: tuple[int, int]
+    images: np.ndarray
+    """The images that are encoded and decoded, `(n, pixels)`; none elsewhere."""
+    shown: tuple[int, ...]
+    classes: tuple[str, ...]
+
+    def numbers(self) -> dict[str, dict[str, float]]:
+        """For each model what can be said in a number."""
+        return {label: _numbers(part) for label, part in zip(self.labels, self.parts, strict=True)}
+
+
+def _numbers(part: LatentSpace | Reconstruction | np.ndarray) -> dict[str, float]:
+    if isinstance(part, LatentSpace):
+        return {"spread_of_means": part.spread, "width_of_q": part.width}
+    return {"reconstruction_error": part.error} if isinstance(part, Reconstruction) else {}
+
+
+def content(
+    number: int,
+    configs: Sequence[Config],
+    models: Sequence[PaperModel],
+    dataset: Dataset,
+    data_dir: str | Path | None = None,
+) -> Content:
+    """What a figure shows of trained models, on the test images that their configurations are evaluated on."""
+    config = configs[0]
+    device = next(models[0].parameters()).device
+    labels = tuple(map(model_label, configs))
+    # Fashion-MNIST is hard to recognise when binarised: as in the paper, figure 4 shows grey pixels.
+    images = dataset.test if number == 4 else test_set(dataset, config.binarisation)
+    n = len(images)
+    shown: tuple[int, ...] = ()
+    classes: tuple[str, ...] = ()
+    parts: Sequence[LatentSpace | Reconstruction | np.ndarray]
+    if number == 2:
+        classes = class_names(dataset.name)
+        of_images = test_labels(dataset.name, data_dir)
+        parts = spaces = [latent_space(model, images.to(device), of_images) for model in models]
+        spreads = _each(labels, [space.spread for space in spaces])
+        what = f"the posterior means of the {n} test images, coloured by class. Their standard deviation: {spreads}"
+    elif number == 5:
+        parts = [manifold(model) for model in models]
+        what = f"images decoded from a grid of {SIDE} by {SIDE} quantiles of the prior N(0, I)"
+    else:
+        shown = tuple(range(0, n, n // SHOWN))[:SHOWN]
+        parts = decoded = [reconstruct(model, images.to(device)) for model in models]
+        means = _each(labels, [one.error for one in decoded])
+        what = (
+            f"{SHOWN} of the {n} test images, and each decoded from its posterior mean, with the cross-entropy in "
+            f"nats. Its mean over all test images: {means}"
+        )
+    preset = config.preset
+    title = f"Figure {number}: {figure(number).title}, {dataset.name}"
+    latent = "" if config.latent is None else f", {config.latent} latent units"
+    caption = (
+        f"{' and '.join(labels)} of one stochastic layer{latent}: {what}. "
+        f"Preset {preset.name}, {preset.passes} passes, binarisation {config.binarisation}, seed {config.seed}."
+    )
+    return Content(
+        number,
+        title,
+        caption,
+        f"{title}. {what[0].upper()}{what[1:]}.",
+        labels,
+        tuple(parts),
+        dataset.shape,
+        images.numpy() if shown else np.empty((0, images.shape[1]), np.float32),
+        shown,
+        classes,
+    )
+
+
+def _each(labels: Sequence[str], values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.2f} ({label})" for label, value in zip(labels, values, strict=True))

@@ -1,0 +1,58 @@
+"""Commands that show what was trained: `figure`, `report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from mcobjectives.cli.options import DataDir, Dataset, Device, Download, Json, Overrides, PresetName
+
+
+def figure(
+    number: Annotated[
+        int,
+        typer.Argument(
+            min=2, max=5, help="2: latent space; 3: encoded and decoded; 4: the same in grey; 5: the manifold."
+        ),
+    ],
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="File to draw, .png or .svg.", show_default="figure-NUMBER.png in --runs"),
+    ] = None,
+    preset: PresetName = "smoke",
+    dataset: Dataset = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the models.")] = 0,
+    runs: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder of checkpoints: what is not there is trained.", show_default="runs/PRESET"),
+    ] = None,
+    overrides: Overrides = None,
+    data_dir: DataDir = None,
+    download: Download = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Draw one of the paper's figures from trained models, and train those that are missing.
+
+    Beside the file a record FILE.json tells what it shows: models, numbers, data, versions. `mcobj report` takes it up.
+    """
+    from mcobjectives.cli.reproduction import draw_figure
+    from mcobjectives_examples.presets import configured
+
+    chosen, cap = configured(preset, overrides or [])
+    folder = runs or Path("runs") / chosen.name
+    draw_figure(
+        number,
+        chosen,
+        out or folder / f"figure-{number}.png",
+        cap=cap,
+        dataset=dataset,
+        seed=seed,
+        runs=folder,
+        data_dir=data_dir,
+        download=download,
+        device=device,
+        as_json=as_json,
+    )
