@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from mcobjectives_examples import blocks
 
 log = logging.getLogger("mkdocs.hooks.generated")
 
@@ -46,10 +48,11 @@ def _table(number: str) -> str:
 
     parts = [f"## Table {number}: {table(number)['title']}"]
     found = [
-        rows for folder in _folders() if (rows := _recorded_rows(number, folder))
+        rows for folder in _folders() for rows in _recorded_rows(number, folder)
     ]
     for rows in found:
-        parts.append(render.markdown(f"Table {number}", rows, findings(rows)))
+        title = render.title(number, rows)
+        parts.append(render.markdown(title, rows, findings(rows)))
         parts.append(_provenance(result for row in rows for result in row.results))
     if not found:
         parts.append(
@@ -66,80 +69,25 @@ def _folders() -> list[Path]:
     ]
 
 
-def _recorded_rows(number: str, folder: Path) -> list[Any]:
-    """The rows of a table with what a folder holds, [] if that is nothing."""
-    from mcobjectives_examples import tables
+def _recorded_rows(number: str, folder: Path) -> list[list[Any]]:
+    """The rows of a table for each protocol of which a folder holds a cell."""
+    from mcobjectives_examples import records
     from mcobjectives_examples.checkpoints import CheckpointError
-    from mcobjectives_examples.training import Config
 
-    files = sorted(folder.glob("*-seed*.json"))
-    if not files:
-        return []
-    # The preset as it was recorded: --set may have changed it. A second stage has a schedule of its own.
-    configs = (json.loads(file.read_text())["config"] for file in files)
-    preset = next(
-        (
-            Config.from_dict(config).preset
-            for config in configs
-            if config["after"] is None
-        ),
-        None,
-    )
-    if preset is None:
-        return []
-    seeds = sorted(
-        {
-            int(found[1])
-            for file in files
-            if (found := re.search(r"-seed(\d+)\.json$", file.name))
-        }
-    )
     try:
-        rows = tables.with_results(tables.rows(number, preset, seeds=seeds), folder)
+        runs = records.table_runs(records.read(folder))
     except CheckpointError as error:
         log.warning("table %s: %s", number, error)
         return []
-    used = [
-        i
-        for i in range(len(seeds))
-        if any(row.results[i] is not None for row in rows)
-    ]
-    return (
-        tables.with_results(
-            tables.rows(number, preset, seeds=[seeds[i] for i in used]), folder
-        )
-        if used
-        else []
-    )
+    return [run.rows for run in runs if run.number == number]
 
 
 def _provenance(results: Iterable[dict[str, Any] | None]) -> str:
     """Versions, machines, commits and dates of results, in a line."""
-    sources = [result["provenance"] for result in results if result is not None]
-    dates = sorted(source["date"][:10] for source in sources)
-    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    said = [
-        ", ".join(
-            sorted(
-                {
-                    f"mcobjectives {s['versions']['mcobjectives']}, torch {s['versions']['torch']}"
-                    for s in sources
-                }
-            )
-        ),
-        ", ".join(
-            sorted(
-                {
-                    s["machine"].get("gpu")
-                    or f"{s['machine']['cpu']}, {s['machine']['threads']} threads"
-                    for s in sources
-                }
-            )
-        ),
-        f"commit {', '.join(sorted({_short(s['commit']) for s in sources}))}",
-        when,
-    ]
-    return f"Recorded with {'; '.join(said)}.\n{{ .generated }}"
+    from mcobjectives_examples.render import sources
+
+    found = (result["provenance"] for result in results if result is not None)
+    return f"{sources(found)}\n{{ .generated }}"
 
 
 # The same columns for objectives of one model on one data set.
@@ -159,9 +107,11 @@ def evidence() -> str:
     known: dict[str, Any] = {}
     for folder in _folders():
         for number in ("1", "5", "6", "7"):
-            for row in _recorded_rows(number, folder):
-                if row.layers == 1 and any(
-                    result is not None for result in row.results
+            for row in (r for rows in _recorded_rows(number, folder) for r in rows):
+                if (
+                    row.layers == 1
+                    and row.on_papers_data
+                    and any(result is not None for result in row.results)
                 ):
                     known.setdefault(row.configs[0].objective, row)
         if known:
@@ -203,7 +153,7 @@ def evidence() -> str:
     )
     return "\n\n".join(
         (
-            _markdown_table(header, lines, right=range(1, 7)),
+            blocks.markdown_table(header, lines, right=range(1, 7)),
             f"One stochastic layer; {caption(rows)}. ± is the {error}. Objectives that are missing are not run.",
             _provenance(result for row in rows for result in row.results),
         )
@@ -240,7 +190,7 @@ def objectives() -> str:
                 for name in own(ESTIMATORS)
             )
             lines.append((label, f"`{entry.parameters}`", *allowed))
-    return _markdown_table(header, lines)
+    return blocks.markdown_table(header, lines)
 
 
 def presets() -> str:
@@ -258,7 +208,7 @@ def presets() -> str:
         )
         for p in PRESETS.values()
     ]
-    return _markdown_table(
+    return blocks.markdown_table(
         (
             "preset",
             "what it is",
@@ -293,7 +243,7 @@ def datasets() -> str:
                 where,
             )
         )
-    return _markdown_table(
+    return blocks.markdown_table(
         ("name", "what it is", "train / test", "binary", "from"), lines
     )
 
@@ -318,7 +268,7 @@ def cli() -> str:
         usage = " ".join(filter(None, ("mcobj", name, "[OPTIONS]", arguments)))
         parts += [f"## {name}", _unwrapped(command.help), f"```text\n{usage}\n```"]
         lines = [_option(p) for p in command.params]
-        parts.append(_markdown_table(("option", "default", "meaning"), lines))
+        parts.append(blocks.markdown_table(("option", "default", "meaning"), lines))
     return "\n\n".join(parts)
 
 
@@ -382,7 +332,7 @@ def speed() -> str:
             f"## {layers} stochastic layer{'s' if layers > 1 else ''}, k = {k}"
         )
         parts.append(
-            _markdown_table(
+            blocks.markdown_table(
                 ("", "ms a step", "quartiles", "peak MB", against),
                 lines,
                 right=range(1, 5),
@@ -534,7 +484,9 @@ def snr() -> str:
         for estimator, groups in record["slopes"].items()
         for group, fit in groups.items()
     ]
-    table = _markdown_table(("estimator", "parameters", "slope"), lines, right=[2])
+    table = blocks.markdown_table(
+        ("estimator", "parameters", "slope"), lines, right=[2]
+    )
     figure = Path("assets/snr.png")
     shown = (
         f"![SNR of the gradient against k]({figure})"
@@ -572,7 +524,7 @@ def memory() -> str:
         *(["peak CUDA MB"] if on_gpu else []),
     ]
     return (
-        _markdown_table(header, lines, right=range(1, len(header)))
+        blocks.markdown_table(header, lines, right=range(1, len(header)))
         + "\n\n"
         + _provenance([record])
     )
@@ -580,6 +532,8 @@ def memory() -> str:
 
 def pyro_speed() -> str:
     """A step of SVI with ObjectiveELBO beside Pyro's own losses."""
+    from mcobjectives_examples.render import short_commit
+
     record = _read("pyro_step.json")
     if record is None:
         return _not_run(
@@ -598,7 +552,7 @@ def pyro_speed() -> str:
                     f"{row['ratio_to_renyi']:.2f}",
                 )
             )
-    table = _markdown_table(
+    table = blocks.markdown_table(
         ("k", "loss", "ms a step", "quartiles", "of RenyiELBO's time"),
         lines,
         right=range(2, 5),
@@ -607,7 +561,7 @@ def pyro_speed() -> str:
         f"{name} {v}" for name, v in sorted(record["versions"].items())
     )
     where = f"{record['cpu']}, {record['threads']} threads; {versions}"
-    return f"{table}\n\nRecorded on {record['date'][:10]}; {where}; commit {_short(record['commit'])}.\n{{ .generated }}"
+    return f"{table}\n\nRecorded on {record['date'][:10]}; {where}; commit {short_commit(record['commit'])}.\n{{ .generated }}"
 
 
 def changelog() -> str:
@@ -619,14 +573,6 @@ def _not_run(command: str, more: str = " ") -> str:
     return f"{NOT_RUN.capitalize()}: `{command}`{more}fills this in."
 
 
-def _short(commit: str | None) -> str:
-    return (
-        (commit[:10] + ("+changes" if "+" in commit else ""))
-        if commit
-        else "unknown"
-    )
-
-
 def _read(name: str) -> dict[str, Any] | None:
     path = RESULTS / name
     return json.loads(path.read_text()) if path.exists() else None
@@ -634,18 +580,6 @@ def _read(name: str) -> dict[str, Any] | None:
 
 def _unwrapped(text: str | None) -> str:
     return re.sub(r"(?<!\n)\n(?!\n)", " ", text or "")
-
-
-def _markdown_table(
-    header: Sequence[str],
-    lines: Iterable[Sequence[str]],
-    right: Sequence[int] | range = (),
-) -> str:
-    def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    rule = line("---:" if i in right else "---" for i in range(len(header)))
-    return "\n".join([line(header), rule, *map(line, lines)])
 
 
 GENERATORS: dict[str, Callable[[], str]] = {

@@ -20,7 +20,7 @@ from mcobjectives.cli import reproduction
 from mcobjectives_examples import datasets
 from mcobjectives_examples.paper import paper
 
-COMMANDS = ("reproduce", "train", "evaluate", "objectives", "data", "check")
+COMMANDS = ("reproduce", "train", "evaluate", "figure", "report", "objectives", "data", "check")
 QUICK = ["--dataset", "digits", "--preset", "smoke", "--set", "passes=1", "--set", "nll_k=50", "--device", "cpu"]
 TABLE = ["reproduce", "--table", "1", *QUICK, "--set", "k=2"]
 REAL_DATA = os.environ.get("MCOBJECTIVES_DATA")  # before the tests take it away
@@ -76,7 +76,7 @@ for command in {[[], *([name] for name in COMMANDS)]!r}:
 print({heavy!r} & set(sys.modules), file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr.strip() == "set()" and done.stdout.count("Usage:") == 7
+    assert done.stderr.strip() == "set()" and done.stdout.count("Usage:") == len(COMMANDS) + 1
 
 
 def test_the_version(mcobj):
@@ -285,6 +285,13 @@ def refused(done, *parts):
         (["train", "--binarisation", "twice"], "unknown binarisation 'twice'"),
         (["train", "--seed", "-1"], "seed"),
         (["evaluate", "missing.pt"], "missing.pt"),
+        (["figure", "6"], "6 is not in the range"),
+        (["figure", "3", "--dataset", "digits", "--out", "figure.pdf"], "must end in .png or .svg"),
+        (["figure", "2", "--dataset", "omniglot"], "omniglot lists no class labels"),
+        (["figure", "3", "--dataset", "digit"], "did you mean 'digits'?"),
+        (["figure", "3", "--data-dir", "none"], "--download"),
+        (["report", "missing"], "missing is not a folder"),
+        (["report", "."], "holds no recorded results"),
         (["check", "no.such.module:Thing"], "cannot import no.such.module"),
         (["check", "iwa"], "did you mean 'iwae'?"),
         (["trian"], "trian"),

@@ -302,15 +302,25 @@ def test_tables_are_made_of_recorded_results(tmp_path):
     assert "87.65 ± 0.21" in hooks.evidence() and "25 %" in hooks.evidence()
 
 
-def test_a_result_of_other_settings_warns(tmp_path, caplog):
+def test_results_of_two_protocols_are_two_tables(tmp_path):
     hooks = generated()
     hooks.RESULTS = tmp_path
     first, second, *_ = power_configs()
     record(tmp_path / "short", first)
     record(tmp_path / "short", second, nll_k=7)
+    shown = hooks.tables()
+    assert shown.count("**Table 7: ") == 2 and "NLL by IWAE-7 " in shown and "NLL by IWAE-5000 " in shown
+    assert shown.count("87.65") == 2
+
+
+def test_a_result_that_cannot_be_read_warns(tmp_path, caplog):
+    hooks = generated()
+    hooks.RESULTS = tmp_path
+    record(tmp_path / "short", power_configs()[0])
+    (tmp_path / "short" / "foreign-seed0.json").write_text("{}")
     with caplog.at_level(logging.WARNING):
         hooks.tables()
-    assert "other settings" in caplog.text
+    assert "foreign-seed0.json is not a recorded result" in caplog.text
 
 
 def test_speed_is_made_of_a_record(tmp_path):

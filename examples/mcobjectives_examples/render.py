@@ -1,17 +1,24 @@
-"""Tables as text: one set of columns for the terminal, Markdown and JSON."""
+"""Tables as text: one set of columns for the terminal, Markdown, HTML and JSON."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mcobjectives_examples.findings import Finding
+from mcobjectives_examples import blocks
+from mcobjectives_examples.datasets import DATASETS, default_binarisation
+from mcobjectives_examples.findings import LEAST_SEEDS, NOISE, Finding
 from mcobjectives_examples.paper import table
 from mcobjectives_examples.tables import Row
 
 HEADER = ("L", "objective", "k", "NLL", "paper", "BGS16", "active", "PCA", "KL")
+TRUST_HEADER = ("ESS", "k-hat (too high for)")
+"""Beside the NLL where there is room: effective samples of it, and the share of images that have too few."""
 NOT_RUN = "not run"
+UNRELIABLE = "unreliable"
+MOST_UNRELIABLE = 0.1
+"""The largest share of test images with too high a k-hat for an NLL that is not called unreliable."""
 
 
 def cells(row: Row) -> list[str]:
@@ -34,6 +41,31 @@ def cells(row: Row) -> list[str]:
         f"{row.units('pca_active_units')}/{_units(row.paper.get('pca_active_units'))}",
         f"{'' if kl is None else f'{kl:.2f}'}/{row.paper.get('kl_posterior', '')}",
     ]
+
+
+def trust(row: Row) -> list[str]:
+    """The columns of `TRUST_HEADER` for one row."""
+    ess, khat, share = row.mean("ess_mean"), row.mean("khat_mean"), row.mean("khat_unreliable")
+    return ["" if ess is None else f"{ess:.3g}", khat_cell(khat, share)]
+
+
+def khat_cell(khat: float | None, share: float | None) -> str:
+    """Mean k-hat, the share of images for which it is too high, and a flag where these are many."""
+    if share is None:
+        return ""
+    shown = "none finite" if khat is None else f"{khat:.2f}"
+    return f"{shown} ({100 * share:.0f} %)" + (f" {UNRELIABLE}" if share > MOST_UNRELIABLE else "")
+
+
+def title(number: int | str, table_rows: Sequence[Row]) -> str:
+    """The table's title, and where it was run on other data or by another protocol than the paper."""
+    config = table_rows[0].configs[0]
+    text = f"Table {number}: {table(number)['title']}"
+    if not table_rows[0].on_papers_data:
+        text += f", run on {config.dataset}"
+    if config.dataset in DATASETS and config.binarisation != default_binarisation(config.dataset):
+        text += f", binarisation {config.binarisation}"
+    return text
 
 
 def _rest(options: str) -> str:
@@ -91,18 +123,53 @@ def caption(table_rows: Sequence[Row]) -> str:
     return "; ".join(parts + ([data] if data else []))
 
 
+def table_blocks(title: str, table_rows: Sequence[Row], found: Sequence[Finding]) -> list[blocks.Block]:
+    """The table with how far each NLL can be trusted, its caption, and its findings."""
+    header = (*HEADER[:4], *TRUST_HEADER, *HEADER[4:])
+    lines = []
+    for row in table_rows:
+        columns = cells(row)
+        lines.append([*columns[:4], *trust(row), *columns[4:]])
+    shown: list[blocks.Block] = [
+        blocks.Table(title, header, lines, tuple(range(2, len(header))), f"{caption(table_rows)}.")
+    ]
+    if found:
+        shown.append(blocks.Verdicts([(f.verdict, f.claim, f.figures) for f in found]))
+    return shown
+
+
 def markdown(title: str, table_rows: Sequence[Row], found: Sequence[Finding]) -> str:
     """The table, its caption and its findings in Markdown."""
-    lines = [f"**{title}.** {caption(table_rows)}.", ""]
-    lines += [_line(HEADER), _line("---" if i in (0, 1) else "---:" for i in range(len(HEADER)))]
-    lines += [_line(cells(row)) for row in table_rows]
-    if found:
-        lines += ["", *(f"- *{f.verdict}*: {f.claim}: {f.figures}." for f in found)]
-    return "\n".join(lines) + "\n"
+    return blocks.markdown(table_blocks(title, table_rows, found))
 
 
-def _line(values: Any) -> str:
-    return "| " + " | ".join(values) + " |"
+def noise_note() -> str:
+    """What "within noise" means."""
+    return f"Within noise: under {NOISE} nat with fewer than {LEAST_SEEDS} seeds, two standard errors with more."
+
+
+def sources(provenances: Iterable[dict[str, Any] | None]) -> str:
+    """Versions, machines, commits and dates of results, in a line."""
+    known = [source for source in provenances if source]
+    if not known:
+        return "Where it was recorded is not known."
+    dates = sorted(source["date"][:10] for source in known)
+    versions = {f"mcobjectives {s['versions']['mcobjectives']}, torch {s['versions']['torch']}" for s in known}
+    said = [
+        ", ".join(sorted(versions)),
+        ", ".join(sorted({machine(s["machine"]) for s in known})),
+        f"commit {', '.join(sorted({short_commit(s['commit']) for s in known}))}",
+        dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}",
+    ]
+    return f"Recorded with {'; '.join(said)}."
+
+
+def machine(record: dict[str, Any]) -> str:
+    return record.get("gpu") or f"{record['cpu']}, {counted(record['threads'], 'thread')}"
+
+
+def short_commit(commit: str | None) -> str:
+    return (commit[:10] + ("+changes" if "+" in commit else "")) if commit else "unknown"
 
 
 def _difference(row: Row) -> float | None:

@@ -56,3 +56,22 @@ def figure(
         device=device,
         as_json=as_json,
     )
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="A folder of results, as mcobj reproduce and train write them.")],
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder to write report.html and report.md to.", show_default="the folder of results"),
+    ] = None,
+) -> None:
+    """Write all that a folder holds as one page of HTML that needs no network, and the same in Markdown.
+
+    Tables beside the paper's numbers, findings with their evidence, curves, figures, how far each NLL can be trusted,
+    what was not run, configuration and provenance.
+    """
+    from mcobjectives.cli.show import console
+    from mcobjectives_examples.report import write_report
+
+    for path in write_report(folder, out or folder):
+        console.print(f"Wrote {path}.", markup=False, highlight=False, soft_wrap=True)

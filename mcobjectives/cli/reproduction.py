@@ -16,9 +16,9 @@ from mcobjectives_examples import checkpoints, drawing, figures, render
 from mcobjectives_examples.cells import checkpoint_path, evaluate_model, recorded, run_cell, test_images
 from mcobjectives_examples.datasets import Dataset, load
 from mcobjectives_examples.engine import require_engine
-from mcobjectives_examples.findings import LEAST_SEEDS, NOISE, findings
+from mcobjectives_examples.findings import findings
 from mcobjectives_examples.models import paper_model
-from mcobjectives_examples.paper import paper, table
+from mcobjectives_examples.paper import paper
 from mcobjectives_examples.presets import Preset
 from mcobjectives_examples.tables import Row, configurations, estimate_seconds, rows, with_results
 from mcobjectives_examples.training import Config, Interrupted, pick_device
@@ -55,7 +55,7 @@ def reproduce_tables(
     for n, grid_rows in grids.items():
         if not grid_rows:
             continue
-        title = f"Table {n}: {table(n)['title']}" + ("" if grid_rows[0].on_papers_data else f", run on {dataset}")
+        title = render.title(n, grid_rows)
         checksum = None
         if run:
             loaded = load(grid_rows[0].configs[0].dataset, data_dir, download=download)
@@ -131,8 +131,7 @@ def _print_table(title: str, done: Sequence[Row], form: str) -> None:
             verdict = f"[{colours.get(finding.verdict, 'yellow')}]{finding.verdict}[/]"
             console.print(f"{verdict}: {finding.claim}: {finding.figures}", highlight=False)
         if any(finding.verdict == "within noise" for finding in found):
-            noise = f"under {NOISE} nat with fewer than {LEAST_SEEDS} seeds, two standard errors with more"
-            console.print(f"(within noise: {noise})", style="dim")
+            console.print(render.noise_note(), style="dim")
 
 
 def print_metrics(name: str, result: dict[str, Any], out: Path | None) -> None:

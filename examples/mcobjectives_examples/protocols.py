@@ -1,0 +1,65 @@
+"""How recorded results came to be: protocols, data, and where they were run."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+from mcobjectives_examples.blocks import Block, Table
+from mcobjectives_examples.presets import Preset
+from mcobjectives_examples.records import Records
+from mcobjectives_examples.render import machine, short_commit
+
+
+def protocol_blocks(records: Records) -> list[Block]:
+    """Presets, data sets with checksums, and versions, commits and machines of all results."""
+    if not records:
+        return []
+    results = list(records.values())
+    return [_presets({config.preset for config in records}), _data(results), _surroundings(results)]
+
+
+def _presets(presets: Iterable[Preset]) -> Table:
+    ordered = sorted(presets, key=lambda preset: (preset.name, -preset.passes))
+    names = [f.name for f in fields(Preset) if f.name not in ("name", "about")]
+    lines = [[name.replace("_", " "), *(_plain(name, getattr(preset, name)) for preset in ordered)] for name in names]
+    note = "Stages are (passes, learning rate). A second stage has a schedule of its own."
+    return Table("Training and evaluation", ("", *(preset.name for preset in ordered)), lines, (), note)
+
+
+def _plain(name: str, value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(f"({', '.join(f'{x:g}' for x in v)})" if isinstance(v, tuple) else f"{v:g}" for v in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return {"binarisation": "the data set's"}.get(name, "all") if value is None else str(value)
+
+
+def _data(results: Iterable[dict[str, Any]]) -> Table:
+    distinct = {json.dumps(result["data"], sort_keys=True): result["data"] for result in results}
+    lines = []
+    for data in distinct.values():
+        for file in data.get("files", []):
+            verified = "yes" if file.get("verified") else "no official checksum"
+            sizes = f"{data.get('train', '')} / {data.get('test', '')}"
+            lines.append([str(data.get("name", "")), sizes, file.get("path", ""), file.get("sha256", ""), verified])
+    note = "; ".join(dict.fromkeys(f"{d.get('name', '')}: {d.get('source', '')}" for d in distinct.values()))
+    return Table("Data", ("data set", "train / test", "file", "sha256", "verified"), lines, (), f"{note}.")
+
+
+def _surroundings(results: Iterable[dict[str, Any]]) -> Table:
+    groups: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
+    for result in results:
+        source = result.get("provenance") or {}
+        versions = source.get("versions", {})
+        where = machine(source["machine"]) if "machine" in source else ""
+        key = (short_commit(source.get("commit")), where, ", ".join(f"{n} {v}" for n, v in versions.items()))
+        groups[key].append(source.get("date", "")[:10])
+    lines = [
+        [str(len(dates)), *key, min(dates) if min(dates) == max(dates) else f"{min(dates)} to {max(dates)}"]
+        for key, dates in groups.items()
+    ]
+    return Table("Where it was run", ("cells", "commit", "machine", "versions", "date"), lines, (0,))

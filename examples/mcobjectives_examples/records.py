@@ -1,0 +1,118 @@
+"""What a folder holds: recorded results by configuration, and the paper's tables made of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mcobjectives.specs import parse_objective
+from mcobjectives_examples import checkpoints
+from mcobjectives_examples.paper import paper, table
+from mcobjectives_examples.presets import Preset
+from mcobjectives_examples.tables import Row, rows
+from mcobjectives_examples.training import Config
+
+Records = dict[Config, dict[str, Any]]
+_PLAIN = re.compile(r"(?:vae|iwae)\(k=(\d+)\)")
+
+
+@dataclass(frozen=True)
+class TableRun:
+    """One of the paper's tables as it was run: on one data set, by one protocol; at least one cell is recorded."""
+
+    number: str
+    rows: list[Row]
+
+
+def read(folder: Path) -> Records:
+    """The recorded results of a folder; raises `CheckpointError` for a file that is none, or is renamed."""
+    found: Records = {}
+    for path in sorted(folder.glob("*-seed*.json")):
+        result = checkpoints.read_json(path)
+        if not isinstance(result, dict) or not {"config", "metrics", "data"} <= result.keys():
+            raise checkpoints.CheckpointError(f"{path} is not a recorded result: move it away")
+        with checkpoints.readable(path):
+            config = Config.from_dict(result["config"])
+            if config.name != path.stem:
+                raise checkpoints.CheckpointError(f"{path} is the result of {config.name}: rename it or move it away")
+            found[_comparable(config)] = result
+    return found
+
+
+def _comparable(config: Config) -> Config:
+    return replace(config, preset=_same_protocol(config.preset))
+
+
+def _same_protocol(preset: Preset) -> Preset:
+    """The preset without its description, which may be reworded between two runs."""
+    return replace(preset, about="")
+
+
+def table_runs(records: Records) -> list[TableRun]:
+    """The paper's tables, in their order, of which anything is recorded.
+
+    On another data set than its own a table is made only of what no table before it shows. A cap on k is taken from
+    the results: such a k is none of the paper's.
+    """
+    runs = []
+    shown: set[Config] = set()
+    for number in paper()["tables"]:
+        for group in _protocols(records):
+            found = _rows(number, group, records)
+            recorded = {c for row in found for c in row.configs if c in records}
+            own = group.dataset == table(number)["dataset"]
+            if recorded and (own or not recorded <= shown):
+                runs.append(TableRun(number, found))
+                shown |= recorded
+    return runs
+
+
+def _protocols(records: Records) -> list[Config]:
+    """One configuration of each data set, binarisation and preset, of the paper's models; without second stages."""
+    first: dict[Any, Config] = {}
+    for config in records:
+        if config.after is None and config.latent is None:
+            first.setdefault((config.dataset, config.binarisation, config.preset), config)
+    return list(first.values())
+
+
+def _rows(number: str, like: Config, records: Records) -> list[Row]:
+    """A table's rows by the protocol of a configuration, with the cap and the seeds of which most is recorded."""
+    alike = [c for c in records if (c.dataset, c.binarisation) == (like.dataset, like.binarisation)]
+    seeds = sorted({c.seed for c in alike})
+    ks = {int(found[1]) for c in alike if c.preset == like.preset and (found := _PLAIN.fullmatch(c.objective))}
+    attempts = [_with(records, number, like, seeds, cap) for cap in (None, *sorted(ks - _papers_ks()))]
+    most = max(attempts, key=lambda attempt: sum(bool(row.values("nll")) for row in attempt))
+    used = [seed for i, seed in enumerate(seeds) if any(row.results[i] is not None for row in most)]
+    index = [seeds.index(seed) for seed in used]
+    return [
+        replace(
+            row,
+            configs=tuple(row.configs[i] for i in index),
+            first_stages=tuple(row.first_stages[i] for i in index if row.first_stages),
+            results=tuple(row.results[i] for i in index),
+        )
+        for row in most
+        if index
+    ]
+
+
+def _with(records: Records, number: str, like: Config, seeds: Sequence[int], cap: int | None) -> list[Row]:
+    options = {"dataset": like.dataset, "binarisation": like.binarisation, "seeds": seeds, "cap": cap}
+    grid = rows(number, like.preset, **options)  # type: ignore[arg-type]
+    return [replace(row, results=tuple(records.get(config) for config in row.configs)) for row in grid]
+
+
+def _papers_ks() -> set[int]:
+    return {parse_objective(row["objective"]).k for number in paper()["tables"] for row in table(number)["rows"]}
+
+
+def missing(run: TableRun) -> Iterator[tuple[Row, list[int]]]:
+    """Rows of which a seed is not run, and those seeds."""
+    for row in run.rows:
+        seeds = [c.seed for c, result in zip(row.configs, row.results, strict=True) if result is None]
+        if seeds:
+            yield row, seeds

@@ -1,0 +1,126 @@
+"""One page on all that a folder of results holds: HTML that needs no network, and its twin in Markdown."""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from mcobjectives_examples import checkpoints, curves, render
+from mcobjectives_examples.blocks import Block, Bullets, Picture, Section, Text, markdown_page
+from mcobjectives_examples.figures import FIGURES
+from mcobjectives_examples.findings import findings
+from mcobjectives_examples.metrics import metric_tables, unreliable
+from mcobjectives_examples.paper import paper, table
+from mcobjectives_examples.protocols import protocol_blocks
+from mcobjectives_examples.records import Records, TableRun, missing, read, table_runs
+
+IMAGES = {".png": "image/png", ".svg": "image/svg+xml"}
+
+
+def write_report(folder: Path, out: Path) -> list[Path]:
+    """Write `report.html` and `report.md` on a folder of results; raises `ValueError` where there are none."""
+    page = report(folder, linked=out.resolve() == folder.resolve())
+    written = {out / "report.html": html(page), out / "report.md": markdown_page(page)}
+    for path, text in written.items():
+        checkpoints.write_atomically(path, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+    return list(written)
+
+
+def html(page: Section) -> str:
+    """The page as HTML; whatever is in a record stays text."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["kind"] = lambda block: type(block).__name__
+    template = environment.from_string((files("mcobjectives_examples") / "data" / "report.html").read_text())
+    return template.render(page=page, not_run=render.NOT_RUN, unreliable=render.UNRELIABLE)
+
+
+def report(folder: Path, linked: bool = True) -> Section:
+    """All that a folder holds; `linked` images are beside the page."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: name one that mcobj reproduce or train wrote to")
+    records, pictures = read(folder), list(_pictures(folder, linked))
+    if not records and not pictures:
+        raise ValueError(f"{folder} holds no recorded results: mcobj reproduce and train write them to --out")
+    runs = table_runs(records)
+    drawn = Section("Figures", pictures or [Text(f"{render.NOT_RUN.capitalize()}: mcobj figure draws them.")])
+    sections = [
+        Section(
+            "The paper's tables", [Text(render.noise_note())] if runs else [], [_table_section(run) for run in runs]
+        ),
+        Section("Other recorded models", curves.other_learning_curves(records, runs)),
+        drawn,
+        Section("Every recorded cell", metric_tables(records)),
+        Section("Not run", list(_not_run(runs, pictures))),
+        Section("Configuration and provenance", protocol_blocks(records)),
+    ]
+    name = folder.resolve().name
+    return Section(
+        f"Results recorded in {name}",
+        [_summary(records, runs, pictures)],
+        [s for s in sections if s.blocks or s.sections],
+    )
+
+
+def _table_section(run: TableRun) -> Section:
+    title = render.title(run.number, run.rows)
+    results = [result for row in run.rows for result in row.results if result is not None]
+    blocks = render.table_blocks("Ours beside the paper's", run.rows, findings(run.rows))
+    blocks.append(Text(render.sources(result.get("provenance") for result in results)))
+    return Section(title, [*blocks, *curves.k_curves(run), *curves.learning_curves(run)])
+
+
+def _summary(records: Records, runs: Sequence[TableRun], pictures: Sequence[Picture]) -> Bullets:
+    verdicts = Counter(found.verdict for run in runs for found in findings(run.rows))
+    doubtful = sum(map(unreliable, records.values()))
+    tables = ", ".join(dict.fromkeys(run.number for run in runs))
+    items = [
+        f"{render.counted(len(records), 'cell')} recorded" + (f", of the paper's tables {tables}" if tables else ""),
+        f"The paper's claims: {', '.join(f'{n} {verdict}' for verdict, n in verdicts.most_common())}"
+        if verdicts
+        else "",
+        f"{doubtful} of {len(records)} NLLs are {render.UNRELIABLE}: k-hat is too high for more than "
+        f"{100 * render.MOST_UNRELIABLE:.0f} % of the test images, and the NLL may be too high by more than its "
+        "standard error tells"
+        if records
+        else "",
+        f"{render.counted(len(pictures), 'figure')} drawn" if pictures else "",
+    ]
+    return Bullets([item for item in items if item])
+
+
+def _pictures(folder: Path, linked: bool) -> Iterator[Picture]:
+    for path in sorted(folder.iterdir()):
+        record = path.with_name(f"{path.name}.json")
+        if path.suffix in IMAGES and record.is_file():
+            found = checkpoints.read_json(record)
+            with checkpoints.readable(record):
+                title, caption, alt = found["title"], found["caption"], found["alt"]
+                source = render.sources([found["provenance"]])
+            encoded = base64.b64encode(path.read_bytes()).decode()
+            uri = f"data:{IMAGES[path.suffix]};base64,{encoded}"
+            yield Picture(title, f"{caption} {source}", alt, uri, path.name if linked else "")
+
+
+def _not_run(runs: Sequence[TableRun], pictures: Sequence[Picture]) -> Iterator[Block]:
+    items = []
+    for run in runs:
+        rows = [f"{row.layers}L {row.label}{_of_seeds(run, row.configs, seeds)}" for row, seeds in missing(run)]
+        if rows:
+            items.append(f"Of {render.title(run.number, run.rows)}: {', '.join(rows)}")
+    tables = [n for n in paper()["tables"] if n not in {run.number for run in runs}]
+    items += [f"Table {n}: {table(n)['title']}" for n in tables]
+    drawn = {picture.title.partition(":")[0] for picture in pictures}
+    items += [f"Figure {n}: {f.title}" for n, f in FIGURES.items() if f"Figure {n}" not in drawn]
+    if items:
+        yield Bullets(items)
+        yield Text("mcobj reproduce --table N runs a table, or goes on with it; mcobj figure N draws a figure.")
+
+
+def _of_seeds(run: TableRun, configs: Sequence[Any], seeds: Sequence[int]) -> str:
+    return "" if len(configs) == len(seeds) == 1 else f" (seed {', '.join(map(str, seeds))})"
