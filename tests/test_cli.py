@@ -247,6 +247,31 @@ def test_a_table_fits_the_terminal(columns, tmp_path):
     assert sum(bool(re.match(r" [12] +(vae|iwae) +(1|5|50) +not run", line)) for line in lines) == 12
 
 
+# Figures and reports.
+
+
+def test_a_figure_trains_what_is_missing_and_the_report_takes_it_up(mcobj, tmp_path):
+    pytest.importorskip("matplotlib")
+    quick = ["--dataset", "digits", "--runs", tmp_path, "--set", "passes=1", "--set", "k=2", "--device", "cpu"]
+    status, out, err = mcobj("figure", "2", *quick, "--json")
+    drawn = json.loads(out)
+    assert status == 0 and "2 cells to run" in err and drawn["title"].startswith("Figure 2")
+    numbers = {name: part["spread_of_means"] for name, part in drawn["numbers"].items()}
+    assert numbers.keys() == {"VAE, k = 1", "IWAE, k = 2"} and all(map(math.isfinite, numbers.values()))
+    checkpoints = {path.name for path in tmp_path.glob("*.pt")}
+    assert checkpoints == {f"digits-once-1L-latent2-{name}-seed0.pt" for name in ("vae-k-1", "iwae-k-2")}
+    status, out, err = mcobj("figure", "5", *quick, "--out", tmp_path / "figure-5.svg")
+    assert status == 0 and "to run" not in err and "Wrote" in out  # figure 2's model serves
+    status, out, err = mcobj("evaluate", next(tmp_path.glob("*iwae*.pt")), "--k", 5, "--images", 20, "--json")
+    assert status == 0 and json.loads(out)["config"]["latent"] == 2
+    status, out, err = mcobj("report", tmp_path)
+    assert status == 0 and out.count("Wrote") == 2 and not err
+    text = (tmp_path / "report.html").read_text()
+    assert "data:image/png;base64," in text and "data:image/svg+xml;base64," in text
+    assert "![" in (tmp_path / "report.md").read_text()
+    refused(mcobj("figure", "2", *quick, "--set", "batch_size=50"), "differs in preset", "another --runs")
+
+
 # What is refused.
 
 
@@ -285,7 +310,7 @@ def refused(done, *parts):
         (["train", "--binarisation", "twice"], "unknown binarisation 'twice'"),
         (["train", "--seed", "-1"], "seed"),
         (["evaluate", "missing.pt"], "missing.pt"),
-        (["figure", "6"], "6 is not in the range"),
+        (["figure", "6"], "unknown figure 6: choose from 2, 3, 4, 5"),
         (["figure", "3", "--dataset", "digits", "--out", "figure.pdf"], "must end in .png or .svg"),
         (["figure", "2", "--dataset", "omniglot"], "omniglot lists no class labels"),
         (["figure", "3", "--dataset", "digit"], "did you mean 'digits'?"),

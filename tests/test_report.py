@@ -333,6 +333,7 @@ def test_a_chart_puts_points_where_their_numbers_are():
     ticks = {t.text: t for t in root.iter(f"{space}text")}
     at = {text: float(tick.get("y")) - 4 for text, tick in ticks.items() if tick.get("text-anchor") == "end"}
     assert [y for _, y in circles] == pytest.approx([at["90"], at["80"], (at["80"] + at["90"]) / 2], abs=0.2)
+    assert at["90"] < at["80"]  # SVG counts downwards
     assert [x for x, _ in circles] == pytest.approx([float(ticks[k].get("x")) for k in ("1", "10", "100")], abs=0.2)
     assert circles[1][0] - circles[0][0] == pytest.approx(circles[2][0] - circles[1][0], abs=0.2)
     assert root.get("aria-label") == 'about "it" <b>'

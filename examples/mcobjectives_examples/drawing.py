@@ -72,14 +72,13 @@ def draw(content: Content) -> Figure:
 
 
 def _scatter(content: Content) -> Figure:
-    figure, axes = _axes(content, 1, len(content.parts), (4.6 * len(content.parts), 5.5))
+    figure, axes = _axes(content, 1, len(content.parts), (4.6 * len(content.parts), 5.9))
     spaces = [part for part in content.parts if isinstance(part, LatentSpace)]
     limit = 1.05 * max(float(np.abs(space.means).max()) for space in spaces)
     for panel, label, space in zip(axes[0], content.labels, spaces, strict=True):
-        for i in range(len(content.classes)):
-            mine = space.means[space.labels == i]
-            size = 4 if len(space.means) > 2000 else 12
-            panel.scatter(mine[:, 0], mine[:, 1], s=size, lw=0, alpha=0.6, color=f"C{i}")
+        size = 4 if len(space.means) > 2000 else 12
+        colours = [f"C{i}" for i in space.labels]  # in the images' order: no class covers another
+        panel.scatter(space.means[:, 0], space.means[:, 1], s=size, lw=0, alpha=0.6, c=colours)
         for i, name in enumerate(content.classes):
             mine = space.means[space.labels == i]
             if len(mine):
@@ -89,6 +88,8 @@ def _scatter(content: Content) -> Figure:
         panel.set(xlim=(-limit, limit), ylim=(-limit, limit), box_aspect=1, xlabel="$h_1$")
         panel.set_title(f"{label}\nstandard deviation of the means {space.spread:.2f}", fontsize=9)
     axes[0][0].set_ylabel("$h_2$")
+    dots = [axes[0][0].scatter([], [], color=f"C{i}", label=name) for i, name in enumerate(content.classes)]
+    figure.legend(handles=dots, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     return figure
 
 

@@ -13,9 +13,7 @@ from mcobjectives.cli.options import DataDir, Dataset, Device, Download, Json, O
 def figure(
     number: Annotated[
         int,
-        typer.Argument(
-            min=2, max=5, help="2: latent space; 3: encoded and decoded; 4: the same in grey; 5: the manifold."
-        ),
+        typer.Argument(help="2: latent space; 3: encoded and decoded; 4: the same in grey; 5: the manifold."),
     ],
     out: Annotated[
         Optional[Path],  # noqa: UP045
