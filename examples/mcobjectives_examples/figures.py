@@ -135,10 +135,10 @@ class Reconstruction:
 
 @torch.no_grad()
 def reconstruct(model: PaperModel, images: Tensor) -> Reconstruction:
-    """Images, `(n, pixels)`, encoded to the posterior mean and decoded again, by a model of one stochastic layer."""
+    """Images, `(n, pixels)`, encoded to the posterior mean and decoded again."""
     pixels, errors = [], []
     for batch in images.split(1000):
-        logits = model.decoder(model.posterior(batch).mean)
+        logits = model.reconstruct(batch)
         pixels.append(logits.sigmoid())
         errors.append(-bernoulli_log_likelihood(logits, batch).double())
     return Reconstruction(torch.cat(pixels).cpu().numpy(), torch.cat(errors).cpu().numpy())

@@ -23,6 +23,11 @@ NAMES = {
     "elbo": "ELBO",
     "active_units": "active units",
     "pca_active_units": "PCA active units",
+    "reconstruction_error": "reconstruction error",
+    "nll_pruned": "pruned NLL",
+    "nll_unpruned_same_images": "unpruned on the same images",
+    "nll_pruned_stderr": "standard error of the difference",
+    "pruned_images": "images pruned on",
     "points": "test images",
     "k": "k of the NLL",
 }
