@@ -20,6 +20,7 @@ from mcobjectives_examples.engine import set_precision
 from mcobjectives_examples.labels import class_names, test_labels
 from mcobjectives_examples.models import PaperModel
 from mcobjectives_examples.presets import Preset, capped
+from mcobjectives_examples.render import counted
 from mcobjectives_examples.training import Config, Trainer, canonical
 
 SIDE = 20
@@ -222,7 +223,8 @@ def content(
     latent = "" if config.latent is None else f", {config.latent} latent units"
     caption = (
         f"{' and '.join(labels)} of one stochastic layer{latent}: {what}. "
-        f"Preset {preset.name}, {preset.passes} passes, binarisation {config.binarisation}, seed {config.seed}."
+        f"Preset {preset.name}, {counted(preset.passes, 'pass')}, binarisation {config.binarisation}, "
+        f"seed {config.seed}."
     )
     return Content(
         number,
