@@ -372,7 +372,7 @@ def overhead() -> str:
     ]
     header = ("k", "by hand, ms", "objective, ms", "ratio", "of first deciles")
     return (
-        _markdown_table(header, lines, right=range(5))
+        blocks.markdown_table(header, lines, right=range(5))
         + "\n\n"
         + _provenance([record])
     )
@@ -419,7 +419,7 @@ def precision() -> str:
         "normalised weights, total variation",
         "bound, nats",
     )
-    table = _markdown_table(header, lines, right=range(1, 4))
+    table = blocks.markdown_table(header, lines, right=range(1, 4))
     said = f"IWAE-5 trained for {record['passes']} passes on {record['dataset']}; {about}."
     return "\n\n".join((table, said, _provenance([record])))
 
@@ -464,7 +464,7 @@ def time_to_nll() -> str:
     source = record["provenance"]
     where = f"{source['cpu']}, {source['threads']} threads; commit {source['commit'][:10]}"
     said = f"Recorded on {source['date'][:10]}; {where}.\n{{ .generated }}"
-    table = _markdown_table(header, lines, right=range(1, 5))
+    table = blocks.markdown_table(header, lines, right=range(1, 5))
     return "\n\n".join(filter(None, (table, plot, said)))
 
 
