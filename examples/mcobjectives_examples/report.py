@@ -78,9 +78,10 @@ def _table_section(run: TableRun) -> Section:
 def _summary(records: Records, runs: Sequence[TableRun], pictures: Sequence[Picture]) -> Bullets:
     verdicts = Counter(found.verdict for run in runs for found in findings(run.rows))
     doubtful = sum(map(unreliable, records.values()))
-    tables = ", ".join(dict.fromkeys(run.number for run in runs))
+    numbers = list(dict.fromkeys(run.number for run in runs))
+    tables = f", of the paper's {'table' if len(numbers) == 1 else 'tables'} {', '.join(numbers)}" if numbers else ""
     items = [
-        f"{render.counted(len(records), 'cell')} recorded" + (f", of the paper's tables {tables}" if tables else ""),
+        f"{render.counted(len(records), 'cell')} recorded{tables}",
         f"The paper's claims: {', '.join(f'{n} {verdict}' for verdict, n in verdicts.most_common())}"
         if verdicts
         else "",
