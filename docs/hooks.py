@@ -391,7 +391,7 @@ def evaluation() -> str:
     ]
     header = ("", "seconds", "over the products")
     said = f"IWAE-{record['k']} of {record['images']} images, float32."
-    table = _markdown_table(header, lines, right=range(1, 3))
+    table = blocks.markdown_table(header, lines, right=range(1, 3))
     return "\n\n".join((table, said, _provenance([record])))
 
 
