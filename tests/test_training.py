@@ -380,7 +380,7 @@ SPOIL = {
     "a list": lambda path, state: torch.save([1], path),
     "a tensor": lambda path, state: torch.save(torch.ones(3), path),
     "another format": lambda path, state: torch.save(state | {"format": 99}, path),
-    "no configuration": lambda path, state: torch.save({"format": 1}, path),
+    "no configuration": lambda path, state: torch.save({"format": checkpoints.FORMAT}, path),
     "a broken configuration": lambda path, state: torch.save(state | {"config": "{"}, path),
     "another run's": lambda path, state: torch.save(state | {"config": state["config"].replace("iwae", "vae")}, path),
     "no optimiser": lambda path, state: torch.save({k: v for k, v in state.items() if k != "optimiser"}, path),
