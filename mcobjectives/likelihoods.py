@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mcobjectives.model import is_transformed
+
 _BLOCK = 160_000
 _GROUP = 16  # a product of 16 factors, each in (1, 2], stays far inside float32
 
@@ -59,7 +61,7 @@ def _log_likelihood(logits: Tensor, x: Tensor) -> Tensor:
     wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     # Minus the log-likelihood as a sum of terms of one sign: no digits are lost where a pixel is certain.
     above, below = wide.clamp(min=0), wide.clamp(max=0)
-    if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_functorch_wrapped_tensor, (wide, x))):
+    if any(map(is_transformed, (wide, x))):
         missed = above * (1 - x) - below * x  # vmap has no rule for these in place
     else:
         missed = above.mul_(1 - x).addcmul_(below, x, value=-1)

@@ -142,14 +142,19 @@ def log_weights(log_p: Tensor, log_q: Tensor, expected_k: int) -> Tensor:
 
 def may_synchronise(value: Tensor) -> bool:
     """Whether the host may look at the numbers: not while a compiler traces or a CUDA graph is captured."""
-    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(value):
+    if torch.compiler.is_compiling() or is_transformed(value):
         return False
     return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+def is_transformed(value: Tensor) -> bool:
+    """Whether a transform of torch.func, vmap or grad, runs on the value; a tracing compiler sees to its own."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
 def refuse_transforms(h: Latent) -> None:
     """Raise under a transform of torch.func, which cannot go where the backward pass evaluates densities again."""
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(part) for part in pytree.tree_leaves(h)):
+    if any(map(is_transformed, pytree.tree_leaves(h))):
         raise RuntimeError(
             "gradient='stl' and 'dreg', chunk_size and Split do not go with torch.func transforms: use "
             "torch.autograd.grad, or gradient='reparam', 'score', 'vimco' or 'rws' without chunk_size"
