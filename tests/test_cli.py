@@ -210,7 +210,7 @@ def test_reproduce_is_complete_finite_and_rendered_from_its_files(mcobj, tmp_pat
     monkeypatch.chdir(tmp_path)
     status, out, _ = mcobj(*TABLE, "--json")
     table = json.loads(out)
-    assert status == 0 and len(table["rows"]) == 12 and len(table["findings"]) == 9
+    assert status == 0 and len(table["rows"]) == 12 and len(table["findings"]) == 12
     assert table["title"] == "Table 1: Fixed-binarisation MNIST, run on digits"
     for row in table["rows"]:
         [ours] = row["ours"]

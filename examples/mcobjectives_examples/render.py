@@ -6,11 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from mcobjectives_examples.datasets import default_binarisation
 from mcobjectives_examples.findings import Finding
 from mcobjectives_examples.paper import table
 from mcobjectives_examples.tables import Row
 
 HEADER = ("L", "objective", "k", "NLL", "paper", "BGS16", "active", "PCA", "KL")
+MORE = ("pruned", "reconstruction")
+"""Further columns, where there is room: by how much NLL grows without inactive units, and the error in nats."""
 NOT_RUN = "not run"
 
 
@@ -22,6 +25,8 @@ def cells(row: Row) -> list[str]:
         ours += f" ({len(row.values('nll'))}/{len(row.results)} seeds)"
     kl = row.mean("kl_posterior")
     comparable = nll if row.on_papers_data else None
+    bgs16 = row.bgs16 or {}
+    theirs = comparable if bgs16.get("dataset", row.configs[0].dataset) == row.configs[0].dataset else None
     name, _, options = row.label.partition("(")
     return [
         str(row.layers),
@@ -29,10 +34,20 @@ def cells(row: Row) -> list[str]:
         str(row.k),
         ours,
         _beside(comparable, row.paper["nll"]),
-        _beside(comparable, (row.bgs16 or {}).get("nll")),
+        _beside(theirs, bgs16.get("nll")),
         f"{row.units('active_units')}/{_units(row.paper.get('active_units'))}",
         f"{row.units('pca_active_units')}/{_units(row.paper.get('pca_active_units'))}",
         f"{'' if kl is None else f'{kl:.2f}'}/{row.paper.get('kl_posterior', '')}",
+    ]
+
+
+def more_cells(row: Row) -> list[str]:
+    """The columns of `MORE`, empty for what older results lack."""
+    pruned, whole = row.mean("nll_pruned"), row.mean("nll_unpruned_same_images")
+    error = row.mean("reconstruction_error")
+    return [
+        "" if pruned is None or whole is None else f"{pruned - whole:+.2f}",
+        "" if error is None else f"{error:.2f}",
     ]
 
 
@@ -76,7 +91,7 @@ def caption(table_rows: Sequence[Row]) -> str:
     parts = [
         f"preset {preset.name}: {passes} (the paper's: {theirs}), batch {preset.batch_size}",
         counted(len(table_rows[0].configs), "seed"),
-        f"{config.dataset}, binarisation {config.binarisation}",
+        f"{config.dataset}, binarisation {_protocol(table_rows[0])}",
         f"NLL by IWAE-{preset.nll_k} on {images}, in nats, with ours minus theirs",
         "units and KL as ours/paper's",
     ]
@@ -84,6 +99,8 @@ def caption(table_rows: Sequence[Row]) -> str:
         parts.append(f"{preset.backward_samples} of k samples back-propagated")
     if any(row.capped for row in table_rows):
         parts.append(f"k capped at {max(row.k for row in table_rows)}")
+    if elsewhere := {b["dataset"] for row in table_rows if (b := row.bgs16) and "dataset" in b}:
+        parts.append(f"BGS16's numbers are of {', '.join(elsewhere)}")
     if not table_rows[0].on_papers_data:
         parts.append("not the paper's data set: no differences")
     if preset.precision != "highest":
@@ -91,11 +108,17 @@ def caption(table_rows: Sequence[Row]) -> str:
     return "; ".join(parts + ([data] if data else []))
 
 
+def _protocol(row: Row) -> str:
+    ours, theirs = row.configs[0].binarisation, default_binarisation(row.configs[0].dataset)
+    return f"{ours} (the paper's: {theirs})" if row.on_papers_data and ours != theirs else ours
+
+
 def markdown(title: str, table_rows: Sequence[Row], found: Sequence[Finding]) -> str:
     """The table, its caption and its findings in Markdown."""
     lines = [f"**{title}.** {caption(table_rows)}.", ""]
-    lines += [_line(HEADER), _line("---" if i in (0, 1) else "---:" for i in range(len(HEADER)))]
-    lines += [_line(cells(row)) for row in table_rows]
+    header = HEADER + MORE
+    lines += [_line(header), _line("---" if i in (0, 1) else "---:" for i in range(len(header)))]
+    lines += [_line(cells(row) + more_cells(row)) for row in table_rows]
     if found:
         lines += ["", *(f"- *{f.verdict}*: {f.claim}: {f.figures}." for f in found)]
     return "\n".join(lines) + "\n"
@@ -122,6 +145,7 @@ def as_json(title: str, table_rows: Sequence[Row], found: Sequence[Finding]) -> 
                 "after": row.after,
                 "trained_as": row.configs[0].objective,
                 "ours": [None if r is None else r["metrics"] for r in row.results],
+                "first_stage": [None if r is None else r["metrics"] for r in row.first_results],
                 "paper": row.paper,
                 "bgs16": row.bgs16,
                 "difference": _difference(row),
