@@ -247,6 +247,91 @@ def test_a_table_fits_the_terminal(columns, tmp_path):
     assert sum(bool(re.match(r" [12] +(vae|iwae) +(1|5|50) +not run", line)) for line in lines) == 12
 
 
+# TensorBoard.
+
+
+def events(folder):
+    """The scalars of the one event file in a folder: {tag: [(step, value), ...]}."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    [file] = folder.glob("events.*")
+    found = EventAccumulator(str(file))
+    found.Reload()
+    return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def assert_logged(folder, result):
+    """That a run's events are its recorded learning curve and metrics, under their names."""
+    found = events(folder)
+    objective = result["config"]["objective"].partition("(")[0]
+    assert found[f"train/{objective}"] == [(i, pytest.approx(v)) for i, v in enumerate(result["learning_curve"], 1)]
+    passes = len(result["learning_curve"])
+    rates = [rate for _, rate in found["train/learning_rate"]]
+    assert len(rates) == passes and all(0 <= rate <= 2e-3 for rate in rates)
+    expected = {}
+    for name, value in result["metrics"].items():
+        if value is not None:
+            parts = (
+                {f"{name}/layer{i + 1}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
+            )
+            expected |= {f"test/{key}": [(passes, pytest.approx(v))] for key, v in parts.items()}
+    assert {tag: v for tag, v in found.items() if tag.startswith("test/")} == expected
+    assert {"test/nll", "test/kl_posterior", "test/active_units/layer1", "test/reconstruction_error"} <= found.keys()
+
+
+def test_train_logs_every_statistic_under_its_name(mcobj, tmp_path):
+    command = ["train", "--objective", "median(k=3)", *QUICK, "--set", "passes=2", "--layers", "2"]
+    status, out, _ = mcobj(*command, "--out", tmp_path / "out", "--tensorboard", tmp_path / "logs", "--json")
+    assert status == 0
+    [folder] = (tmp_path / "logs").iterdir()
+    assert_logged(folder, json.loads(out))
+
+
+def test_reproduce_logs_every_cell_once_in_a_folder_of_its_own(mcobj, tmp_path):
+    command = ["reproduce", "--table", "10", *QUICK, "--set", "k=2", "--out", tmp_path / "out", "--json"]
+    assert mcobj(*command, "--tensorboard", tmp_path / "logs")[0] == 0
+    results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
+    assert {folder.name for folder in (tmp_path / "logs").iterdir()} == set(results) and len(results) == 7
+    for name, result in results.items():
+        assert_logged(tmp_path / "logs" / name, result)
+    assert mcobj(*command, "--tensorboard", tmp_path / "logs")[0] == 0  # recorded: nothing is logged twice
+    for name, result in results.items():
+        assert_logged(tmp_path / "logs" / name, result)
+
+
+def test_tensorboard_that_cannot_be_written_shows_before_the_work(mcobj, tmp_path, monkeypatch):
+    (tmp_path / "logs").write_text("")
+    refused(mcobj("train", *QUICK, "--out", tmp_path / "out", "--tensorboard", tmp_path / "logs"), "--tensorboard")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    refused(mcobj("train", *QUICK, "--out", tmp_path / "out", "--tensorboard", tmp_path / "new"), "[tensorboard]")
+    assert not (tmp_path / "out").exists()
+
+
+# Binarisation.
+
+
+def test_a_table_under_both_binarisations(mcobj, tmp_path):
+    command = ["reproduce", "--table", "6", *QUICK, "--set", "k=2", "--out", tmp_path / "out"]
+    status, out, _ = mcobj(*command, "--binarisation", "both", "--json")
+    once, epoch = json.loads(out)
+    assert status == 0 and once["title"] == epoch["title"]
+    assert "digits, binarisation once;" in once["caption"] and "digits, binarisation epoch;" in epoch["caption"]
+    assert once["rows"][0]["ours"][0]["nll"] != epoch["rows"][0]["ours"][0]["nll"]
+    [first, second] = sorted((tmp_path / "out").glob("*.json"))
+    assert first.name.startswith("digits-epoch-1L-median-k-2") and second.name.startswith("digits-once-1L-median-k-2")
+    assert json.loads(mcobj(*command, "--binarisation", "epoch", "--json")[1]) == epoch
+
+
+def test_tables_on_binary_data_keep_it_when_all_are_run_under_another_binarisation(mcobj, tmp_path):
+    command = ["reproduce", "--table", "all", "--no-run", "--out", tmp_path / "out", "--json"]
+    for binarisation, counts in (("epoch", (0, 5)), ("both", (5, 5))):
+        status, out, _ = mcobj(*command, "--binarisation", binarisation)
+        captions = [record["caption"] for record in json.loads(out)]
+        found = [sum(f"binarisation {name};" in caption for caption in captions) for name in ("fixed", "once")]
+        found.append(sum("binarisation epoch (the paper's: once);" in caption for caption in captions))
+        assert status == 0 and tuple(found) == (5, *counts)
+
+
 # What is refused.
 
 

@@ -15,7 +15,7 @@ import torch
 from mcobjectives.evaluation import evaluate
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples.cells import recorded, test_images
-from mcobjectives_examples.datasets import Dataset
+from mcobjectives_examples.datasets import Dataset, default_binarisation
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.paper import table
 from mcobjectives_examples.presets import Preset, capped
@@ -127,6 +127,14 @@ def rows(
             )
         )
     return found
+
+
+def protocols(number: int | str, dataset: str | None, binarisation: str | None, *, strict: bool) -> list[str | None]:
+    """The binarisations to run a table under: "both" is once and epoch. Binary data stay fixed unless `strict`."""
+    fixed = default_binarisation(dataset or table(number)["dataset"]) == "fixed"
+    if fixed and (binarisation == "both" or not strict):
+        return [None]
+    return ["once", "epoch"] if binarisation == "both" else [binarisation]
 
 
 def configurations(table_rows: Sequence[Row]) -> list[Config]:
