@@ -40,7 +40,7 @@ PRESETS = {
     preset.name: preset
     for preset in (
         Preset("smoke", "seconds: shows that it works", ((2, 2e-3),), nll_k=100, test_images=100, **ADAM),
-        Preset("short", "minutes on a CPU", ((3, 2e-3),), nll_k=500, test_images=1000, **ADAM),
+        Preset("short", "minutes on a CPU", ((3, 2e-3),), nll_k=100, test_images=1000, **ADAM),
         Preset("long", "for a GPU", ((100, 1e-3),), nll_k=5000, **ADAM),
     )
 }

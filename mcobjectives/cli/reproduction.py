@@ -195,7 +195,9 @@ def require_tensorboard(folder: Path | None) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise checkpoints.OutputError(f"cannot write TensorBoard logs to {folder}: {error}: choose another --tensorboard") from error
+        raise checkpoints.OutputError(
+            f"cannot write TensorBoard logs to {folder}: {error}: choose another --tensorboard"
+        ) from error
 
 
 @contextmanager
