@@ -218,8 +218,9 @@ def main() -> None:
     except (ValueError, DataError, checkpoints.CheckpointError, checkpoints.OutputError) as error:
         sys.exit(f"convolutional.py: {error}")
     for row in rows:
-        nats = f"{row['nll']:.2f} ± {row['nll_stderr']:.2f} nats"
-        print(f"{row['objective']:>12}  {nats}  {row['bits_per_dim']:.3f} bits/dim")
+        nats, ess = f"{row['nll']:.2f} ± {row['nll_stderr']:.2f} nats", f"ESS {row['ess_mean']:.1f} of {row['k']}"
+        print(f"{row['objective']:>12}  {nats}  {row['bits_per_dim']:.3f} bits/dim  {ess}")
+    print("An ESS near one means that log p(x) is still underestimated: more samples would lower the NLL.")
     if arguments.out:
         config = {"seed": arguments.seed, "preset": dataclasses.asdict(preset), "levels": images.levels}
         record = {"config": config, "data": images.about, "rows": rows, "provenance": surroundings}

@@ -17,7 +17,7 @@ import torch
 
 from mcobjectives import cli
 from mcobjectives.cli import reproduction
-from mcobjectives_examples import datasets
+from mcobjectives_examples import checkpoints, datasets
 from mcobjectives_examples.paper import paper
 
 COMMANDS = ("reproduce", "train", "evaluate", "objectives", "data", "check")
@@ -187,7 +187,7 @@ def test_evaluate_refuses_what_is_no_checkpoint_or_of_other_data(mcobj, tmp_path
     foreign.write_bytes(b"nothing")
     refused(mcobj("evaluate", foreign), "not a readable checkpoint")
     config = {"dataset": "digits", "data_sha256": "other"}
-    torch.save({"format": 1, "config": json.dumps(config), "position": {"epoch": 1}}, foreign)
+    torch.save({"format": checkpoints.FORMAT, "config": json.dumps(config), "position": {"epoch": 1}}, foreign)
     refused(mcobj("evaluate", foreign), "lacks or mismatches")
     mcobj("train", *QUICK, "--objective", "vae", "--out", tmp_path / "run")
     [checkpoint] = (tmp_path / "run").glob("*.pt")
