@@ -1,7 +1,8 @@
+import mpmath
 import pytest
 import torch
 
-from mcobjectives.likelihoods import bernoulli_log_likelihood
+from mcobjectives.likelihoods import bernoulli_log_likelihood, discretised_logistic_log_likelihood
 
 PIXELS = (1, 2, 7, 63, 64, 784, 3000)
 
@@ -137,3 +138,91 @@ def test_compiled_equals_eager():
     torch.testing.assert_close(compiled(logits, x).double(), exact(logits, x), rtol=1e-5, atol=0)
     (gradient,) = torch.autograd.grad(compiled(logits, x).sum(), logits)
     torch.testing.assert_close(gradient, x - torch.sigmoid(logits))
+
+
+# Discretised logistic.
+
+
+def grid(levels, dtype=torch.float32):
+    """All levels as `(levels, 1)`."""
+    return torch.arange(levels, dtype=dtype).unsqueeze(-1) / (levels - 1)
+
+
+def exact_logistic(mean, log_scale, x, levels=256):
+    """log P of one pixel by many digits, from the definition."""
+    with mpmath.workdps(400):
+        x, mean, scale = mpmath.mpf(x), mpmath.mpf(mean), mpmath.exp(mpmath.mpf(log_scale))
+        half = mpmath.mpf(1) / (levels - 1) / 2
+
+        def below(edge):
+            return 1 / (1 + mpmath.exp(-(edge - mean) / scale))
+
+        p = (1 if x == 1 else below(x + half)) - (0 if x == 0 else below(x - half))
+        return float(mpmath.log(p)) if p > 0 else -float("inf")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("levels", [2, 17, 256])
+@pytest.mark.parametrize("mean", [-3.0, 0.0, 0.3, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("log_scale", [-60.0, -7.0, -3.0, 0.0, 5.0])
+def test_the_probabilities_of_all_levels_add_up_to_one(dtype, levels, mean, log_scale):
+    x = grid(levels, dtype)
+    log_p = discretised_logistic_log_likelihood(
+        torch.tensor([mean], dtype=dtype), torch.tensor([log_scale], dtype=dtype), x, levels
+    )
+    assert log_p.shape == (levels,) and torch.isfinite(log_p).all() and (log_p <= 0).all()
+    assert float(log_p.double().exp().sum()) == pytest.approx(1.0, abs=1e-12 if dtype == torch.float64 else 2e-5)
+
+
+@pytest.mark.parametrize("level", [0, 1, 100, 254, 255])
+@pytest.mark.parametrize("mean", [-0.5, 0.25, 1.5])
+@pytest.mark.parametrize("log_scale", [-5.0, -1.0, 4.0, 30.0])
+def test_each_is_exact_however_small(level, mean, log_scale):
+    arguments = (torch.tensor([v], dtype=torch.float64) for v in (mean, log_scale, level / 255))
+    expected = exact_logistic(mean, log_scale, 1 if level == 255 else mpmath.mpf(level) / 255)
+    assert float(discretised_logistic_log_likelihood(*arguments)) == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_far_pixel_has_a_finite_gradient_that_brings_the_mean_near():
+    mean, log_scale = torch.full((3, 1), 0.5).requires_grad_(), torch.full((3, 1), -30.0).requires_grad_()
+    x = torch.tensor([[0.0], [100 / 255], [1.0]])
+    log_p = discretised_logistic_log_likelihood(mean, log_scale, x)
+    slopes = torch.autograd.grad(log_p.sum(), (mean, log_scale))
+    assert torch.isfinite(log_p).all() and all(torch.isfinite(slope).all() for slope in slopes)
+    assert torch.equal(slopes[0].sign(), (x - 0.5).sign()) and (slopes[1] > 0).all()
+
+
+def test_a_sum_over_pixels_that_broadcasts_over_samples():
+    mean, log_scale, x = drawn(5, 3, 7), drawn(5, 3, 7, seed=1) - 3, (drawn(3, 7, seed=2) * 255).round() / 255
+    result = discretised_logistic_log_likelihood(mean, log_scale, x)
+    loop = torch.stack(
+        [
+            torch.stack(
+                [
+                    discretised_logistic_log_likelihood(
+                        mean[i, j, d : d + 1], log_scale[i, j, d : d + 1], x[j, d : d + 1]
+                    )
+                    for d in range(7)
+                ]
+            ).sum()
+            for i in range(5)
+            for j in range(3)
+        ]
+    )
+    assert result.shape == (5, 3)
+    torch.testing.assert_close(result.flatten(), loop)
+
+
+def test_derivatives_of_the_discretised_logistic():
+    mean = drawn(4, 3, 6, dtype=torch.float64).requires_grad_()
+    log_scale = (drawn(4, 3, 6, seed=1, dtype=torch.float64) * 12 - 7).requires_grad_()  # both sides of the series
+    x = (drawn(3, 6, seed=2, dtype=torch.float64) * 255).round() / 255
+    x[0, :2] = torch.tensor([0.0, 1.0])
+    assert torch.autograd.gradcheck(lambda m, s: discretised_logistic_log_likelihood(m, s, x), (mean, log_scale))
+
+
+def test_what_does_not_fit_the_discretised_logistic_is_refused():
+    with pytest.raises(ValueError, match="levels must be at least 2, got 1"):
+        discretised_logistic_log_likelihood(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3), levels=1)
+    with pytest.raises(ValueError, match="must agree in the last dimension, got 3, 3, 4"):
+        discretised_logistic_log_likelihood(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 4))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from mcobjectives_examples.training import Config, Interrupted, Progress, Traine
 
 EVALUATION_SEED = 20210401
 PRUNED_IMAGES = 1000
-"""At most so many test images are evaluated a second time, by the pruned model."""
+"""At most so many test images, and a quarter of them, are evaluated a second time, by the pruned model."""
 OnProgress = Callable[[str, float, float], None]
 """(what is being done, done, total)."""
 
@@ -69,7 +69,7 @@ def run_cell(
 ) -> dict[str, Any]:
     """The cell's result, from its file or by training; raises `Interrupted` with a checkpoint if `stop()` is true.
 
-    `note` is told how the steps are executed, and why.
+    `note` is told how the steps are executed, and why; `log` each training statistic after each pass, and the metrics.
     """
     found = recorded(out, config, dataset.checksum)
     if found is not None:
@@ -85,6 +85,9 @@ def run_cell(
     trainer.run(on_step, stop)
     began = time.monotonic()
     metrics = evaluate_model(trainer.model, test_images(dataset, config), config.preset, on_progress, stop)
+    if log is not None:
+        for name, value in scalars(metrics):
+            log(f"test/{name}", value, trainer.epoch)
     result = {
         "config": trainer.record,
         "metrics": metrics,
@@ -139,7 +142,7 @@ def evaluate_model(
         fast = for_evaluation(model, preset.nll_k * len(images))
         evaluation = evaluate(fast, images, k=preset.nll_k, progress=progress("evaluate", len(images)))
         layers = layer_activity(model, images)
-        n = min(PRUNED_IMAGES, len(images))
+        n = min(PRUNED_IMAGES, math.ceil(len(images) / 4))
         pruning = evaluate_pruned(model, images, layers, evaluation, n, progress("evaluate pruned", n))
         error = reconstruction_error(model, images)
     return evaluation.to_dict() | {
@@ -190,6 +193,15 @@ def evaluate_pruned(
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def scalars(metrics: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The metrics that are numbers, and those of each layer one by one, counted from x upwards."""
+    for name, value in metrics.items():
+        if isinstance(value, list):
+            yield from ((f"{name}/layer{i}", part) for i, part in enumerate(value, 1))
+        elif value is not None:
+            yield name, value
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:

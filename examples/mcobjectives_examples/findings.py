@@ -3,54 +3,54 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 
+from mcobjectives import CIWAE, MIWAE, LAlpha, Median, Objective, Power
+from mcobjectives.specs import parse_objective
 from mcobjectives_examples.tables import Row
+from mcobjectives_examples.verdicts import LEAST_SEEDS, NOISE, Finding, Measured, Series, alike, bent, ordered, worst
 
-NOISE = 0.6
-"""Nats between two runs of one configuration in the paper: with fewer than three seeds, less proves nothing."""
-LEAST_SEEDS = 3
-"""From so many on, less than two standard errors of the difference proves nothing."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One of the paper's claims: "holds", "does not hold", "within noise" or "not run", and the figures."""
-
-    claim: str
-    verdict: str
-    figures: str
+PRUNING_OF_BGS16 = 0.06
+"""Nats: the most that BGS16 lost by removing inactive units; the paper says that it lost about one."""
 
 
-Series = Sequence[Row]
 Grid = dict[tuple[int, str, int], Row]
 
 
 def findings(table_rows: Sequence[Row]) -> list[Finding]:
-    """Which of the paper's findings about k, depth, KL and active units hold in these rows."""
-    # By the k that was trained, so that rows made equal by a cap on k are one.
-    by = {(row.layers, row.family, row.k): row for row in table_rows if row.after is None and row.family}
-    return [*_by_k(by), *_by_depth(by), *_by_family(by)]
+    """Which of the paper's findings hold in these rows, those beside which the paper sets them included."""
+    by = _grid(row for row in table_rows if row.after is None)
+    found = [*_by_k(by), *_by_depth(by), *_by_family(by)]
+    if table_rows and table_rows[0].beside:
+        peers = _grid(table_rows[0].beside)
+        found += [*_l_alpha_or_median(table_rows, peers), *_power(table_rows, peers), *_ciwae(table_rows, peers)]
+    return [*found, *_miwae(table_rows), *_switching(table_rows), *_pruning(table_rows)]
+
+
+# Tables 1 to 4: VAE and IWAE by k and depth.
 
 
 def _by_k(by: Grid) -> Iterator[Finding]:
     for layers in _depths(by):
         iwae, vae = _series(by, layers, "iwae"), _series(by, layers, "vae")
         if len(iwae) > 1:
-            yield _ordered(f"{layers}L: IWAE's NLL falls with k", [iwae], "nll", -1)
+            yield ordered(f"{layers}L: IWAE's NLL falls with k", [_all(iwae, "nll")], -1)
         if len(vae) > 1:
-            yield _ordered(f"{layers}L: VAE's NLL does not fall with k", [[vae[0], vae[-1]]], "nll", 1)
+            yield ordered(f"{layers}L: VAE's NLL does not fall with k", [_all([vae[0], vae[-1]], "nll")], 1)
         if len(iwae) > 1:
-            yield _ordered(f"{layers}L: KL(q || posterior) grows with k for IWAE", [iwae], "kl_posterior", 1)
+            claim = f"{layers}L: KL(q || posterior) grows with k for IWAE"
+            yield ordered(claim, [_all(iwae, "kl_posterior")], 1)
+        if len(iwae) > 1 and any(row.values("reconstruction_error") for row in iwae):  # older results have none
+            claim = f"{layers}L: the reconstruction error grows with k for IWAE"
+            yield ordered(claim, [_all([iwae[0], iwae[-1]], "reconstruction_error")], 1)
 
 
 def _by_depth(by: Grid) -> Iterator[Finding]:
     pairs = [[by[1, name, k], by[2, name, k]] for layers, name, k in by if layers == 1 and (2, name, k) in by]
     if pairs:
-        yield _ordered("two stochastic layers beat one", pairs, "nll", -1)
+        yield ordered("two stochastic layers beat one", [_all(pair, "nll") for pair in pairs], -1)
 
 
 def _by_family(by: Grid) -> Iterator[Finding]:
@@ -58,7 +58,110 @@ def _by_family(by: Grid) -> Iterator[Finding]:
         iwae = [row for row in _series(by, layers, "iwae") if row.k > 1]
         pairs = [[by[layers, "vae", row.k], row] for row in iwae if (layers, "vae", row.k) in by]
         if pairs:
-            yield _ordered(f"{layers}L: IWAE has more active units than VAE", pairs, "active_units", 1, noise=0.5)
+            series = [_all(pair, "active_units") for pair in pairs]
+            yield ordered(f"{layers}L: IWAE has more active units than VAE", series, 1, noise=0.5)
+
+
+# Tables 5 to 9: other objectives, beside VAE and IWAE of the same k.
+
+
+def _l_alpha_or_median(table_rows: Sequence[Row], peers: Grid) -> Iterator[Finding]:
+    for name, kind in (("L_alpha", LAlpha), ("the median", Median)):
+        rows = _rows_of(table_rows, kind)
+        if len(rows) > 1:
+            yield alike(f"{name}: alpha makes no difference to the NLL", _all(rows, "nll"))
+        for family in ("vae", "iwae") if rows else ():
+            series = [_all([peer, row], "nll") for row in rows if (peer := peers.get((1, family, row.k)))]
+            if series:
+                yield ordered(f"{name}: a higher NLL than {family.upper()}'s", series, 1)
+
+
+def _power(table_rows: Sequence[Row], peers: Grid) -> Iterator[Finding]:
+    rows = {objective.p: row for row in _rows_of(table_rows, Power) if isinstance(objective := _objective(row), Power)}
+    above = [row for p, row in rows.items() if p > 1]
+    series = [_all([peer, row], "nll") for row in above if (peer := peers.get((1, "iwae", row.k)))]
+    if series:
+        yield ordered("power: a lower NLL than IWAE's for p > 1", series, -1)
+    if 3.0 in rows:
+        series = [_all([row, rows[3.0]], "nll") for p, row in rows.items() if p != 3.0]
+        yield ordered("power: p = 3 has the lowest NLL", series, -1)
+
+
+def _ciwae(table_rows: Sequence[Row], peers: Grid) -> Iterator[Finding]:
+    rows = _rows_of(table_rows, CIWAE)  # by growing beta
+    iwae, vae = (peers.get((1, family, rows[0].k)) if rows else None for family in ("iwae", "vae"))
+    if iwae is None or vae is None:
+        return
+    middle = [row for row in rows if _objective(row) == CIWAE(k=_objective(row).k, beta=0.25)]
+    yield bent("CIWAE: the NLL is not monotone in beta from IWAE to VAE", _all([iwae, *rows, vae], "nll"))
+    yield alike("CIWAE: with beta = 0.25 the NLL is IWAE's", _all([iwae, *middle], "nll"))
+    yield ordered("CIWAE: a lower NLL than VAE's", [_all([vae, row], "nll") for row in rows], -1)
+    claim = "CIWAE: a lower KL(q || posterior) than IWAE's"
+    yield ordered(claim, [_all([iwae, row], "kl_posterior") for row in rows], -1)
+
+
+def _miwae(table_rows: Sequence[Row]) -> Iterator[Finding]:
+    rows = _rows_of(table_rows, MIWAE)  # by growing k1
+    if len(rows) > 1:
+        yield ordered("MIWAE: the NLL falls with k1", [_all(rows, "nll")], -1)
+        yield ordered("MIWAE: KL(q || posterior) grows with k1", [_all(rows, "kl_posterior")], 1)
+
+
+# Table 10: before and after the objective is switched.
+
+
+def _switching(table_rows: Sequence[Row]) -> Iterator[Finding]:
+    for first, then in (("VAE", "IWAE"), ("IWAE", "VAE")):
+        rows = [row for row in table_rows if row.after and row.after.startswith(first.lower() + "(")]
+        if not rows:
+            continue
+
+        def stages(metric: str, rows: list[Row] = rows) -> list[Series]:
+            return [(_measured(row, metric, first=True), _measured(row, metric)) for row in rows]
+
+        switch = f"{first}, then {then}"
+        if first == "VAE":
+            yield ordered(f"{switch}: the NLL falls", stages("nll"), -1)
+            yield ordered(f"{switch}: more units are active", stages("active_units"), 1, noise=0.5)
+        else:
+            yield ordered(f"{switch}: the NLL rises", stages("nll"), 1)
+            for series in stages("active_units"):
+                yield alike(f"{switch}: as many units are active ({series[1].label})", series, noise=1.0)
+            yield ordered(f"{switch}: KL(q || posterior) falls", stages("kl_posterior"), -1)
+
+
+# Every table.
+
+
+def _pruning(table_rows: Sequence[Row]) -> Iterator[Finding]:
+    """Both numbers are of one model and the same images: the noise is the standard error over the images."""
+    rows = list({row.configs: row for row in table_rows}.values())
+    if not any(row.values("nll_pruned") for row in rows):
+        return
+    claim = f"removing inactive units costs more than the {PRUNING_OF_BGS16} nat of BGS16 (the paper: about 1)"
+    figures, verdicts = [], []
+    for row in rows:
+        found = [r["metrics"] for r in row.results if r is not None and r["metrics"].get("nll_pruned") is not None]
+        label = _label(row)
+        if not row.complete or len(found) < len(row.results):
+            figures.append(f"{label} not run")
+            verdicts.append("not run")
+            continue
+        cost = statistics.fmean(m["nll_pruned"] - m["nll_unpruned_same_images"] for m in found)
+        stderr = math.sqrt(sum((m["nll_pruned_stderr"] or 0.0) ** 2 for m in found)) / len(found)
+        figures.append(f"{label} {cost:+.2f} ± {stderr:.2f}")
+        least = 2 * stderr if len(found) >= LEAST_SEEDS else max(NOISE, 2 * stderr)
+        over = cost - PRUNING_OF_BGS16
+        verdicts.append("holds" if over > least else "does not hold" if over < -2 * stderr else "within noise")
+    yield Finding(claim, worst(verdicts), "; ".join(figures))
+
+
+# Rows.
+
+
+def _grid(table_rows: Sequence[Row] | Iterator[Row]) -> Grid:
+    # By the k that was trained, so that rows made equal by a cap on k are one.
+    return {(row.layers, row.family, row.k): row for row in table_rows if row.family}
 
 
 def _depths(by: Grid) -> list[int]:
@@ -70,31 +173,29 @@ def _series(by: Grid, layers: int, family: str) -> list[Row]:
     return [by[key] for key in sorted(by) if key[:2] == (layers, family)]
 
 
-def _ordered(claim: str, series: Sequence[Series], metric: str, sign: int, noise: float = NOISE) -> Finding:
-    """Whether a metric rises (sign 1) or falls (sign -1) at every step of every series."""
-    figures = "; ".join(" -> ".join(_shown(row, metric) for row in one) for one in series)
-    if not all(row.complete for one in series for row in one):
-        return Finding(claim, "not run", figures)
-    verdicts = {_step(a, b, metric, sign, noise) for one in series for a, b in pairwise(one)}
-    # One clear step the wrong way refutes a claim, one unclear step leaves it open.
-    worst = next(v for v in ("does not hold", "within noise", "holds") if v in verdicts)
-    return Finding(claim, worst, figures)
+def _objective(row: Row) -> Objective:
+    return parse_objective(row.objective)
 
 
-def _step(a: Row, b: Row, metric: str, sign: int, noise: float) -> str:
-    before, after = _values(a, metric), _values(b, metric)
-    gain = sign * (statistics.fmean(after) - statistics.fmean(before))
-    if min(len(before), len(after)) >= LEAST_SEEDS:
-        noise = 2 * math.sqrt(sum(statistics.variance(values) / len(values) for values in (before, after)))
-    if gain == 0 or abs(gain) < noise:
-        return "within noise"
-    return "holds" if gain > 0 else "does not hold"
+def _rows_of(table_rows: Sequence[Row], kind: type[Objective]) -> list[Row]:
+    """The rows of an objective, those made equal by a cap on k once."""
+    rows = [row for row in table_rows if row.after is None and type(_objective(row)) is kind]
+    return list({row.configs: row for row in rows}.values())
 
 
-def _values(row: Row, metric: str) -> list[float]:
-    return [float(sum(v)) if isinstance(v, list) else v for v in row.values(metric)]
+def _all(rows: Sequence[Row], metric: str) -> Series:
+    return [_measured(row, metric) for row in rows]
 
 
-def _shown(row: Row, metric: str) -> str:
-    number = f"{statistics.fmean(_values(row, metric)):.4g}" if row.complete else "not run"
-    return f"{row.layers}L {row.family}(k={row.k}) {number}"
+def _measured(row: Row, metric: str, first: bool = False) -> Measured:
+    """A metric of a row, or of its first stage; units are summed over layers."""
+    results = row.first_results if first else row.results
+    found = [None if result is None else result["metrics"].get(metric) for result in results]
+    values = tuple(float(sum(v)) if isinstance(v, list) else float(v) for v in found if v is not None)
+    label = f"{row.layers}L {row.after}" if first else _label(row)
+    return Measured(label, values, bool(found) and None not in found)
+
+
+def _label(row: Row) -> str:
+    label = row.label if row.after else re.sub(r"k=[0-9]+", f"k={row.k}", row.label)
+    return f"{row.layers}L {label}"

@@ -104,6 +104,7 @@ for _preset in (
         "seconds a cell: shows that everything works, not what is true",
         ((12, 2e-3),),
         one_cycle=True,
+        nll_k=1000,
         test_images=500,
     ),
 ):

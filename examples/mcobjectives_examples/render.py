@@ -8,13 +8,16 @@ from typing import Any
 
 from mcobjectives_examples import blocks
 from mcobjectives_examples.datasets import DATASETS, default_binarisation
-from mcobjectives_examples.findings import LEAST_SEEDS, NOISE, Finding
+from mcobjectives_examples.findings import Finding
 from mcobjectives_examples.paper import table
 from mcobjectives_examples.tables import Row
+from mcobjectives_examples.verdicts import LEAST_SEEDS, NOISE
 
 HEADER = ("L", "objective", "k", "NLL", "paper", "BGS16", "active", "PCA", "KL")
 TRUST_HEADER = ("ESS", "k-hat (too high for)")
 """Beside the NLL where there is room: effective samples of it, and the share of images that have too few."""
+MORE = ("pruned", "reconstruction")
+"""Further columns, where there is room: by how much NLL grows without inactive units, and the error in nats."""
 NOT_RUN = "not run"
 UNRELIABLE = "unreliable"
 MOST_UNRELIABLE = 0.1
@@ -29,6 +32,8 @@ def cells(row: Row) -> list[str]:
         ours += f" ({len(row.values('nll'))}/{len(row.results)} seeds)"
     kl = row.mean("kl_posterior")
     comparable = nll if row.on_papers_data else None
+    bgs16 = row.bgs16 or {}
+    theirs = comparable if bgs16.get("dataset", row.configs[0].dataset) == row.configs[0].dataset else None
     name, _, options = row.label.partition("(")
     return [
         str(row.layers),
@@ -36,7 +41,7 @@ def cells(row: Row) -> list[str]:
         str(row.k),
         ours,
         _beside(comparable, row.paper["nll"]),
-        _beside(comparable, (row.bgs16 or {}).get("nll")),
+        _beside(theirs, bgs16.get("nll")),
         f"{row.units('active_units')}/{_units(row.paper.get('active_units'))}",
         f"{row.units('pca_active_units')}/{_units(row.paper.get('pca_active_units'))}",
         f"{'' if kl is None else f'{kl:.2f}'}/{row.paper.get('kl_posterior', '')}",
@@ -66,6 +71,16 @@ def title(number: int | str, table_rows: Sequence[Row]) -> str:
     if config.dataset in DATASETS and config.binarisation != default_binarisation(config.dataset):
         text += f", binarisation {config.binarisation}"
     return text
+
+
+def more_cells(row: Row) -> list[str]:
+    """The columns of `MORE`, empty for what older results lack."""
+    pruned, whole = row.mean("nll_pruned"), row.mean("nll_unpruned_same_images")
+    error = row.mean("reconstruction_error")
+    return [
+        "" if pruned is None or whole is None else f"{pruned - whole:+.2f}",
+        "" if error is None else f"{error:.2f}",
+    ]
 
 
 def _rest(options: str) -> str:
@@ -108,7 +123,7 @@ def caption(table_rows: Sequence[Row]) -> str:
     parts = [
         f"preset {preset.name}: {passes} (the paper's: {theirs}), batch {preset.batch_size}",
         counted(len(table_rows[0].configs), "seed"),
-        f"{config.dataset}, binarisation {config.binarisation}",
+        f"{config.dataset}, binarisation {_protocol(table_rows[0])}",
         f"NLL by IWAE-{preset.nll_k} on {images}, in nats, with ours minus theirs",
         "units and KL as ours/paper's",
     ]
@@ -116,6 +131,8 @@ def caption(table_rows: Sequence[Row]) -> str:
         parts.append(f"{preset.backward_samples} of k samples back-propagated")
     if any(row.capped for row in table_rows):
         parts.append(f"k capped at {max(row.k for row in table_rows)}")
+    if elsewhere := {b["dataset"] for row in table_rows if (b := row.bgs16) and "dataset" in b}:
+        parts.append(f"BGS16's numbers are of {', '.join(elsewhere)}")
     if not table_rows[0].on_papers_data:
         parts.append("not the paper's data set: no differences")
     if preset.precision != "highest":
@@ -125,17 +142,22 @@ def caption(table_rows: Sequence[Row]) -> str:
 
 def table_blocks(title: str, table_rows: Sequence[Row], found: Sequence[Finding]) -> list[blocks.Block]:
     """The table with how far each NLL can be trusted, its caption, and its findings."""
-    header = (*HEADER[:4], *TRUST_HEADER, *HEADER[4:])
+    header = (*HEADER[:4], *TRUST_HEADER, *HEADER[4:], *MORE)
     lines = []
     for row in table_rows:
         columns = cells(row)
-        lines.append([*columns[:4], *trust(row), *columns[4:]])
+        lines.append([*columns[:4], *trust(row), *columns[4:], *more_cells(row)])
     shown: list[blocks.Block] = [
         blocks.Table(title, header, lines, tuple(range(2, len(header))), f"{caption(table_rows)}.")
     ]
     if found:
         shown.append(blocks.Verdicts([(f.verdict, f.claim, f.figures) for f in found]))
     return shown
+
+
+def _protocol(row: Row) -> str:
+    ours, theirs = row.configs[0].binarisation, default_binarisation(row.configs[0].dataset)
+    return f"{ours} (the paper's: {theirs})" if row.on_papers_data and ours != theirs else ours
 
 
 def markdown(title: str, table_rows: Sequence[Row], found: Sequence[Finding]) -> str:
@@ -189,6 +211,7 @@ def as_json(title: str, table_rows: Sequence[Row], found: Sequence[Finding]) -> 
                 "after": row.after,
                 "trained_as": row.configs[0].objective,
                 "ours": [None if r is None else r["metrics"] for r in row.results],
+                "first_stage": [None if r is None else r["metrics"] for r in row.first_results],
                 "paper": row.paper,
                 "bgs16": row.bgs16,
                 "difference": _difference(row),

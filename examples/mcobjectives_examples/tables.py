@@ -15,7 +15,7 @@ import torch
 from mcobjectives.evaluation import evaluate
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples.cells import recorded, test_images
-from mcobjectives_examples.datasets import Dataset
+from mcobjectives_examples.datasets import Dataset, default_binarisation
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.paper import table
 from mcobjectives_examples.presets import Preset, capped
@@ -24,7 +24,10 @@ from mcobjectives_examples.training import Config, canonical, training_objective
 
 @dataclass(frozen=True)
 class Row:
-    """A cell of the paper's table, its configurations (one a seed), and what they gave, None where not run."""
+    """A cell of the paper's table, its configurations (one a seed), and what they gave, None where not run.
+
+    `beside` are the cells of another table with which the paper compares this one's.
+    """
 
     layers: int
     objective: str
@@ -35,6 +38,8 @@ class Row:
     first_stages: tuple[Config, ...] = ()
     on_papers_data: bool = True
     results: tuple[dict[str, Any] | None, ...] = ()
+    first_results: tuple[dict[str, Any] | None, ...] = ()
+    beside: tuple[Row, ...] = ()
 
     @property
     def k(self) -> int:
@@ -92,6 +97,10 @@ def rows(
     grid = table(number)
     name = dataset or grid["dataset"]
     protocol = binarisation or preset.binarisation_of(name)
+    beside: tuple[Row, ...] = ()
+    if "beside" in grid:
+        options: dict[str, Any] = {"dataset": dataset, "binarisation": binarisation, "seeds": seeds, "cap": cap}
+        beside = tuple(rows(grid["beside"], preset, layers=[1], **options))
     found = []
     for row in grid["rows"]:
         if layers and row["layers"] not in layers:
@@ -114,9 +123,18 @@ def rows(
                 configs,
                 first_stages,
                 name == grid["dataset"],
+                beside=beside,
             )
         )
     return found
+
+
+def protocols(number: int | str, dataset: str | None, binarisation: str | None, *, strict: bool) -> list[str | None]:
+    """The binarisations to run a table under: "both" is once and epoch. Binary data stay fixed unless `strict`."""
+    fixed = default_binarisation(dataset or table(number)["dataset"]) == "fixed"
+    if fixed and (binarisation == "both" or not strict):
+        return [None]
+    return ["once", "epoch"] if binarisation == "both" else [binarisation]
 
 
 def configurations(table_rows: Sequence[Row]) -> list[Config]:
@@ -129,7 +147,15 @@ def configurations(table_rows: Sequence[Row]) -> list[Config]:
 
 def with_results(table_rows: Sequence[Row], out: Path, data_sha256: str | None = None) -> list[Row]:
     """The rows with what is recorded in a folder."""
-    return [replace(row, results=tuple(recorded(out, c, data_sha256) for c in row.configs)) for row in table_rows]
+
+    def found(configs: Sequence[Config]) -> tuple[dict[str, Any] | None, ...]:
+        return tuple(recorded(out, config, data_sha256) for config in configs)
+
+    beside = tuple(replace(row, results=found(row.configs)) for row in (table_rows[0].beside if table_rows else ()))
+    return [
+        replace(row, results=found(row.configs), first_results=found(row.first_stages), beside=beside)
+        for row in table_rows
+    ]
 
 
 def estimate_seconds(configs: Sequence[Config], dataset: Dataset, device: torch.device) -> float:

@@ -223,7 +223,7 @@ class Trainer:
             raise self._failed(f"the mean bound is {bound}")
         self.history.append(bound)
         if self.log is not None:
-            self.log("train/bound", bound, self.epoch + 1)
+            self.log(f"train/{self.config.objective.partition('(')[0]}", bound, self.epoch + 1)
             self.log("train/learning_rate", rate, self.epoch + 1)
         self.total.zero_()
         self.epoch, self.step = self.epoch + 1, 0

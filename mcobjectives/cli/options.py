@@ -44,7 +44,10 @@ Dataset = Annotated[
 ]
 Binarisation = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(help="once (at the start of training), epoch (every pass), fixed (the data set is binary)."),
+    typer.Option(
+        help="once (at the start of training), epoch (every pass), fixed (the data set is binary); reproduce: both "
+        "(a table of once and one of epoch)."
+    ),
 ]
 Out = Annotated[Path, typer.Option(help="Folder of results and checkpoints: what is there is not run again.")]
 Precision = Annotated[
@@ -54,4 +57,8 @@ Precision = Annotated[
         "(medium, and bfloat16 where no gradient is taken), int8 (mixed, and 8-bit integers in the largest product "
         "there), or bf16 (bfloat16 products); default: the preset's."
     ),
+]
+Tensorboard = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="Write TensorBoard logs to this folder, each run to a folder of its own in it."),
 ]

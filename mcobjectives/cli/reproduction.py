@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from mcobjectives_examples.findings import findings
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.paper import paper
 from mcobjectives_examples.presets import Preset
-from mcobjectives_examples.tables import Row, configurations, estimate_seconds, rows, with_results
+from mcobjectives_examples.tables import Row, configurations, estimate_seconds, protocols, rows, with_results
 from mcobjectives_examples.training import Config, Interrupted, pick_device
 
 Log = Callable[[str, float, int], None]
@@ -42,17 +43,20 @@ def reproduce_tables(
     engine: str,
     run: bool,
     form: str,
+    tensorboard: Path | None = None,
 ) -> None:
     """Run and print a table, or all of them (as JSON: one object, or a list of them)."""
     chosen_device = pick_device(device)
     require_engine(engine)
-    grids = {}
+    grids = []
     for n in list(paper()["tables"]) if number == "all" else [number]:
-        grids[n] = rows(n, preset, dataset=dataset, binarisation=binarisation, seeds=seeds, layers=layers, cap=cap)
-        if not grids[n] and number != "all":
-            raise ValueError(f"table {n} has no rows of {', '.join(map(str, layers or []))} layers")
+        for protocol in protocols(n, dataset, binarisation, strict=number != "all"):
+            options: dict[str, Any] = {"dataset": dataset, "binarisation": protocol, "layers": layers}
+            grids.append((n, rows(n, preset, seeds=seeds, cap=cap, **options)))
+            if not grids[-1][1] and number != "all":
+                raise ValueError(f"table {n} has no rows of {', '.join(map(str, layers or []))} layers")
     records = []
-    for n, grid_rows in grids.items():
+    for n, grid_rows in grids:
         if not grid_rows:
             continue
         title = render.title(n, grid_rows)
@@ -60,20 +64,27 @@ def reproduce_tables(
         if run:
             loaded = load(grid_rows[0].configs[0].dataset, data_dir, download=download)
             checksum = loaded.checksum
-            run_all(configurations(grid_rows), loaded, out, chosen_device, engine=engine)
+            run_all(configurations(grid_rows), loaded, out, chosen_device, engine=engine, tensorboard=tensorboard)
         done = with_results(grid_rows, out, checksum)
         if form == "json":
             records.append(render.as_json(title, done, findings(done)))
         else:
             _print_table(title, done, form)
     if form == "json":
-        print(json.dumps(records if number == "all" else records[0], indent=1))
+        print(json.dumps(records if number == "all" or binarisation == "both" else records[0], indent=1))
 
 
 def run_all(
-    configs: Sequence[Config], dataset: Dataset, out: Path, device: torch.device, *, engine: str, log: Log | None = None
+    configs: Sequence[Config],
+    dataset: Dataset,
+    out: Path,
+    device: torch.device,
+    *,
+    engine: str,
+    tensorboard: Path | None = None,
 ) -> list[dict[str, Any]]:
     """The results of all configurations, with bars; Ctrl-C writes a checkpoint and exits with 130."""
+    require_tensorboard(tensorboard)
     missing = [config for config in configs if recorded(out, config, dataset.checksum) is None]
     if missing:
         _announce(missing, dataset, device)
@@ -90,10 +101,10 @@ def run_all(
         bar = CellBar(bars)
         for config in configs:
             bar.start(f"{config.layers}L {config.objective}")
+            hooks: dict[str, Any] = {"on_progress": bar.update, "stop": stop, "note": note}
             try:
-                result = run_cell(
-                    config, dataset, out, device, engine=engine, on_progress=bar.update, stop=stop, log=log, note=note
-                )
+                with tensorboard_log(tensorboard if config in missing else None, config.name) as log:
+                    result = run_cell(config, dataset, out, device, engine=engine, log=log, **hooks)
             except Interrupted:
                 errors.print(
                     f"interrupted: the checkpoint is in {out}; the same command goes on from there", markup=False
@@ -223,21 +234,34 @@ def draw_figure(
         console.print(f"Wrote {out}.", markup=False, highlight=False, soft_wrap=True)
 
 
-def tensorboard_log(folder: Path | None) -> Log | None:
-    """A function (name, value, pass) that writes to TensorBoard, or None."""
+def require_tensorboard(folder: Path | None) -> None:
+    """Raise before any work if TensorBoard logs are wanted and cannot be written."""
     if folder is None:
-        return None
+        return
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         raise ImportError('--tensorboard needs: pip install "mcobjectives[tensorboard]"') from error
     try:
-        writer = SummaryWriter(str(folder))
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"cannot write TensorBoard logs to {folder}: {error}: choose another --tensorboard") from error
+        raise checkpoints.OutputError(
+            f"cannot write TensorBoard logs to {folder}: {error}: choose another --tensorboard"
+        ) from error
 
-    def log(name: str, value: float, step: int) -> None:
-        writer.add_scalar(name, value, step)
-        writer.flush()
 
-    return log
+@contextmanager
+def tensorboard_log(folder: Path | None, name: str) -> Iterator[Log | None]:
+    """A function (statistic, value, pass) that writes to the run's own folder in TensorBoard's, or None."""
+    if folder is None:
+        yield None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder / name)) as writer:
+
+        def log(statistic: str, value: float, step: int) -> None:
+            writer.add_scalar(statistic, value, step)
+            writer.flush()
+
+        yield log

@@ -20,6 +20,7 @@ from mcobjectives.cli.options import (
     Overrides,
     Precision,
     PresetName,
+    Tensorboard,
 )
 
 
@@ -44,6 +45,7 @@ def reproduce(
     precision: Precision = None,
     run: Annotated[bool, typer.Option(help="--no-run only renders what is recorded in --out.")] = True,
     as_json: Json = False,
+    tensorboard: Tensorboard = None,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
 ) -> None:
     """Train the cells of one of the paper's tables and set them beside the paper's numbers.
@@ -69,6 +71,7 @@ def reproduce(
         device=device,
         engine=engine,
         run=run,
+        tensorboard=tensorboard,
         form="json" if as_json else "markdown" if as_markdown else "terminal",
     )
 
@@ -89,11 +92,11 @@ def train(
     device: Device = "auto",
     engine: Engine = "auto",
     precision: Precision = None,
-    tensorboard: Annotated[Optional[Path], typer.Option(help="Write TensorBoard logs to this folder.")] = None,  # noqa: UP045
+    tensorboard: Tensorboard = None,
     as_json: Json = False,
 ) -> None:
     """Train one model with any installed objective, evaluate it, and record both."""
-    from mcobjectives.cli.reproduction import print_metrics, run_all, tensorboard_log
+    from mcobjectives.cli.reproduction import print_metrics, run_all
     from mcobjectives_examples.datasets import load
     from mcobjectives_examples.engine import require_engine
     from mcobjectives_examples.presets import capped, configured
@@ -105,7 +108,7 @@ def train(
     chosen_device = pick_device(device)
     require_engine(engine)
     loaded = load(dataset, data_dir, download=download)
-    [result] = run_all([config], loaded, out, chosen_device, engine=engine, log=tensorboard_log(tensorboard))
+    [result] = run_all([config], loaded, out, chosen_device, engine=engine, tensorboard=tensorboard)
     if as_json:
         print(json.dumps(result, indent=1))
     else:

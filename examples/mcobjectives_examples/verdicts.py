@@ -1,0 +1,92 @@
+"""When a difference between cells is one: by the spread of seeds, or by the paper's own noise where there are few."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+NOISE = 0.6
+"""Nats between two runs of one configuration in the paper: with fewer than three seeds, less proves nothing."""
+LEAST_SEEDS = 3
+"""From so many on, less than two standard errors of the difference proves nothing."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One of the paper's claims: "holds", "does not hold", "within noise" or "not run", and the figures."""
+
+    claim: str
+    verdict: str
+    figures: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A metric of one cell, a value a seed; not complete where a seed is missing."""
+
+    label: str
+    values: tuple[float, ...]
+    complete: bool
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    def __str__(self) -> str:
+        return f"{self.label} {self.mean:.4g}" if self.complete else f"{self.label} not run"
+
+
+Series = Sequence[Measured]
+
+
+def ordered(claim: str, series: Sequence[Series], sign: int, noise: float = NOISE) -> Finding:
+    """Whether a metric rises (sign 1) or falls (sign -1) at every step of every series."""
+    figures = "; ".join(" -> ".join(map(str, one)) for one in series)
+    if not all(cell.complete for one in series for cell in one):
+        return Finding(claim, "not run", figures)
+    verdicts = []
+    for a, b in (pair for one in series for pair in pairwise(one)):
+        gain, least = sign * (b.mean - a.mean), _noise(a, b, noise)
+        verdicts.append("within noise" if abs(gain) <= least else "holds" if gain > 0 else "does not hold")
+    return Finding(claim, worst(verdicts), figures)
+
+
+def alike(claim: str, cells: Series, noise: float = NOISE) -> Finding:
+    """Whether all are within `noise` of each other; only with enough seeds is that more than "within noise"."""
+    figures = "; ".join(map(str, cells))
+    if not all(cell.complete for cell in cells):
+        return Finding(claim, "not run", figures)
+    low, high = min(cells, key=lambda cell: cell.mean), max(cells, key=lambda cell: cell.mean)
+    few = min(len(cell.values) for cell in cells) < LEAST_SEEDS
+    spread, error = high.mean - low.mean, 0.0 if few else _noise(low, high, noise)
+    if spread - error > noise:
+        return Finding(claim, "does not hold", figures)
+    return Finding(claim, "holds" if not few and spread + error <= noise else "within noise", figures)
+
+
+def bent(claim: str, cells: Series) -> Finding:
+    """Whether there are a rise and a fall, both beyond noise, in any steps."""
+    figures = " -> ".join(map(str, cells))
+    if not all(cell.complete for cell in cells):
+        return Finding(claim, "not run", figures)
+    clear = {b.mean > a.mean for a, b in pairwise(cells) if abs(b.mean - a.mean) > _noise(a, b, NOISE)}
+    if len(clear) == 2:
+        return Finding(claim, "holds", figures)
+    steps = [abs(b.mean - a.mean) > _noise(a, b, NOISE) for a, b in pairwise(cells)]
+    return Finding(claim, "does not hold" if all(steps) else "within noise", figures)
+
+
+def _noise(a: Measured, b: Measured, noise: float) -> float:
+    """How much a difference must exceed to be one."""
+    if min(len(a.values), len(b.values)) >= LEAST_SEEDS:
+        noise = 2 * math.sqrt(sum(statistics.variance(one.values) / len(one.values) for one in (a, b)))
+    return noise + 1e-9  # 88.6 - 88.0 is not more than 0.6
+
+
+def worst(verdicts: Sequence[str]) -> str:
+    """One clear step the wrong way refutes a claim, one unclear step leaves it open."""
+    order = ("not run", "does not hold", "within noise", "holds")
+    return next((verdict for verdict in order if verdict in verdicts), "not run")
