@@ -310,7 +310,7 @@ def test_results_of_two_protocols_are_two_tables(tmp_path):
     record(tmp_path / "short", second, nll_k=7)
     shown = hooks.tables()
     assert shown.count("**Table 7: ") == 2 and "NLL by IWAE-7 " in shown and "NLL by IWAE-5000 " in shown
-    assert shown.count("87.65") == 2
+    assert shown.count("| 87.65 |") == 2
 
 
 def test_a_result_that_cannot_be_read_warns(tmp_path, caplog):

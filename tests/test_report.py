@@ -256,7 +256,8 @@ def test_missing_keys_and_metrics_that_are_new(tmp_path):
     del made["metrics"]["ess_mean"], made["metrics"]["khat_mean"], made["metrics"]["khat_unreliable"]
     record(tmp_path, first, made=made)
     assert "88.12" in page_of(tmp_path).text
-    record(tmp_path, second, nll_pruned=91.234, reconstruction_error=None, bits_per_pixel=0.1634)
+    pruned = {"nll_pruned": 91.234, "nll_unpruned_same_images": 91.0, "nll_pruned_stderr": 0.1}
+    record(tmp_path, second, **pruned, reconstruction_error=None, bits_per_pixel=0.1634)
     cells = {line["cell"]: line for line in lines_of(page_of(tmp_path), "pruned NLL")}
     assert cells["1L vae(k=1)"]["pruned NLL"] == "" and cells["1L vae(k=5)"]["pruned NLL"] == "91.23"
     assert {line["reconstruction error"] for line in cells.values()} == {""}
