@@ -313,11 +313,11 @@ def main() -> None:
             rows += measured
             if not args.json:
                 out.print(table(measured, failed, layers, k))
+            if args.out:  # after each, so that a run that is stopped keeps what it has
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps({"provenance": source, "rows": rows}, indent=1) + "\n")
     if args.json:
         print(json.dumps(rows, indent=1))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"provenance": source, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
