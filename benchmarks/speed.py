@@ -53,7 +53,6 @@ CONTESTANTS = [
     Contestant("exact", "ours", "ours.py", "mcobjectives", "exact"),
     Contestant("resampled", "ours", "ours.py", "mcobjectives", "resampled"),
     Contestant("resampled-mixed", "ours", "ours.py", "mcobjectives", "resampled-mixed"),
-    Contestant("resampled-int8", "ours", "ours.py", "mcobjectives", "resampled-int8"),
     Contestant("resampled-bf16", "ours", "ours.py", "mcobjectives", "resampled-bf16", unbiased=False),
     Contestant("idiomatic", "peer", "idiomatic.py", "torch"),
     Contestant("idiomatic-compiled", "peer", "idiomatic.py", "torch", "compiled", default=False),

@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--target", type=float, default=90.0, help="nats")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--ours", default="resampled-int8")
+    parser.add_argument("--ours", default="resampled-mixed")
     parser.add_argument("--peers", default="idiomatic-compiled,tensorflow-xla")
     parser.add_argument("--peers-python", default=str(PEERS_PYTHON))
     parser.add_argument("--data-dir", type=Path)

@@ -522,13 +522,12 @@ def test_what_cannot_be_compiled_is_run_eagerly_and_says_why(trainer, monkeypatc
 def test_mixed_precision_is_within_its_error(trainer):
     run, objective = trainer(), IWAE(k=50)
     bounds = []
-    for where, int8 in (("nowhere", False), ("no gradient", False), ("no gradient", True)):
+    for where in ("nowhere", "no gradient"):
         torch.manual_seed(0)
-        with reduced_products(where, int8=int8):
+        with reduced_products(where):
             bounds.append(objective.bound(run.model, run.pixels[:200]))
-    for reduced in bounds[1:]:
-        error = reduced - bounds[0]
-        assert 0 < error.abs().max() < 0.5 and error.mean().abs() < 0.02
+    error = bounds[1] - bounds[0]
+    assert 0 < error.abs().max() < 0.5 and error.mean().abs() < 0.02
 
 
 def test_resampled_mixed_training_ends_where_the_exact_one_does(trainer):
@@ -540,7 +539,7 @@ def test_resampled_mixed_training_ends_where_the_exact_one_does(trainer):
         return sum(run.history[-1] for run in runs) / 2
 
     exact = final("exact")
-    for precision in ("mixed", "int8", "bf16"):
+    for precision in ("mixed", "bf16"):
         assert abs(exact - final(precision, backward_samples=3, precision=precision)) < 0.3
     configured("smoke", [])
 

@@ -19,7 +19,6 @@ MODES: dict[str, tuple[str, str, int | None]] = {
     "resampled": ("compiled", "medium", 5),
     "resampled-mixed": ("compiled", "mixed", 5),
     "resampled-bf16": ("compiled", "bf16", 5),
-    "resampled-int8": ("compiled", "int8", 5),
 }
 
 

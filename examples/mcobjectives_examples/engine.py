@@ -21,7 +21,6 @@ PRECISIONS = {
     "highest": "float32 products",
     "medium": "TF32 (GPU) or bfloat16 (CPU) inside float32 products, accumulated in float32",
     "mixed": "medium, and bfloat16 where no gradient is taken (the choice of samples to back-propagate)",
-    "int8": "mixed, and 8-bit integers in the product onto the pixels where no gradient is taken",
     "bf16": "bfloat16 products in all networks; log-weights, their sums and the parameters stay float32",
 }
 ENGINES = {
@@ -97,12 +96,12 @@ class _LossAndGradient(nn.Module):
 
 def loss_and_gradient(objective: Objective, model: nn.Module, precision: str) -> Callable[[Tensor, Tensor], Any]:
     """A function (vector of all parameters, x) -> (loss, gradient), both detached, of tensor operations alone."""
-    where = {"mixed": "no gradient", "int8": "no gradient", "bf16": "everywhere"}.get(precision, "nowhere")
+    where = {"mixed": "no gradient", "bf16": "everywhere"}.get(precision, "nowhere")
     module = _LossAndGradient(objective, model)
     named = list(module.named_parameters())
 
     def function(vector: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad(), reduced_products(where, int8=precision == "int8"):
+        with torch.enable_grad(), reduced_products(where):
             vector = vector.detach().requires_grad_()
             parts = vector.split([p.numel() for _, p in named])
             values = {name: part.view_as(p) for (name, p), part in zip(named, parts, strict=True)}

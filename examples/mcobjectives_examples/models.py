@@ -24,26 +24,22 @@ def gaussian_log_prob(h: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (-0.5 * z * z - std.log()).sum(-1) - _HALF_LOG_TWO_PI * h.shape[-1]
 
 
-_reduced: tuple[str, bool] = ("nowhere", False)
+_bfloat16_where = "nowhere"
 
 
 @contextmanager
-def reduced_products(where: str, *, int8: bool = False) -> Iterator[None]:
-    """Inside, networks multiply in bfloat16 "everywhere", or where "no gradient" is recorded; the rest is float32.
-
-    With `int8` the widest product, that onto the pixels, takes 8-bit integers where no gradient is recorded.
-    """
-    global _reduced
-    before, _reduced = _reduced, (where, int8)
+def reduced_products(where: str) -> Iterator[None]:
+    """Inside, networks multiply in bfloat16 "everywhere", or where "no gradient" is recorded; the rest is float32."""
+    global _bfloat16_where
+    before, _bfloat16_where = _bfloat16_where, where
     try:
         yield
     finally:
-        _reduced = before
+        _bfloat16_where = before
 
 
 def _in_bfloat16() -> bool:
-    where, _ = _reduced
-    return where == "everywhere" or (where == "no gradient" and not torch.is_grad_enabled())
+    return _bfloat16_where == "everywhere" or (_bfloat16_where == "no gradient" and not torch.is_grad_enabled())
 
 
 class Affine(nn.Linear):
@@ -53,19 +49,6 @@ class Affine(nn.Linear):
         if not _in_bfloat16():
             return super().forward(given)
         return nn.functional.linear(given.bfloat16(), self.weight.bfloat16()).float() + self.bias
-
-
-class Logits(Affine):
-    """The layer onto the pixels, of inputs in [-1, 1]: these, and each pixel's weights, can be 8-bit integers."""
-
-    def forward(self, given: Tensor) -> Tensor:
-        _, int8 = _reduced
-        if not int8 or torch.is_grad_enabled():
-            return super().forward(given)
-        step = self.weight.abs().amax(1) / 127
-        weight = (self.weight / step.unsqueeze(1)).round().to(torch.int8)
-        product = torch._int_mm((given.flatten(0, -2) * 127).round().to(torch.int8), weight.T)
-        return product.unflatten(0, given.shape[:-1]) * (step / 127) + self.bias
 
 
 class Tanh(nn.Module):
@@ -151,7 +134,7 @@ class PaperModel(nn.Module):
         self.encoder = nn.ModuleList(map(GaussianLayer, inputs, hidden, latent))
         # prior[i] is p(h_{i+1} | h_{i+2}), counted from x upwards; the topmost prior is N(0, I).
         self.prior_layers = nn.ModuleList(map(GaussianLayer, latent[1:], hidden[1:], latent[:-1]))
-        self.decoder = nn.Sequential(*tanh_layers(latent[0], hidden[0]), Logits(hidden[0], pixels))
+        self.decoder = nn.Sequential(*tanh_layers(latent[0], hidden[0]), Affine(hidden[0], pixels))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

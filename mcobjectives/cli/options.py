@@ -54,8 +54,7 @@ Precision = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
         help="highest (float32), medium (TF32 on a GPU, bfloat16 products on a CPU, accumulated in float32), mixed "
-        "(medium, and bfloat16 where no gradient is taken), int8 (mixed, and 8-bit integers in the largest product "
-        "there), or bf16 (bfloat16 products); default: the preset's."
+        "(medium, and bfloat16 where no gradient is taken), or bf16 (bfloat16 products); default: the preset's."
     ),
 ]
 Tensorboard = Annotated[
