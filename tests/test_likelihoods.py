@@ -136,6 +136,11 @@ def test_compiled_equals_eager():
     logits, x = (20 * drawn(5, 3, 63) - 10).requires_grad_(), drawn(3, 63, seed=1)
     compiled = torch.compile(bernoulli_log_likelihood, fullgraph=True)
     torch.testing.assert_close(compiled(logits, x).double(), exact(logits, x), rtol=1e-5, atol=0)
+    binary = x.round()
+    certain = torch.where(binary == 1, 1.0, -1.0) * (8 + 60 * drawn(5, 3, 63, seed=2))
+    for extreme in (certain, -certain, torch.zeros_like(certain)):
+        found = compiled(extreme.requires_grad_(), binary).double()
+        torch.testing.assert_close(found, exact(extreme, binary), rtol=1e-5, atol=1e-38)
     (gradient,) = torch.autograd.grad(compiled(logits, x).sum(), logits)
     torch.testing.assert_close(gradient, x - torch.sigmoid(logits))
 
