@@ -9,6 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -292,13 +293,28 @@ def _option(parameter: Any) -> tuple[str, str, str]:
 # Measurements.
 
 
-def speed() -> str:
+def measured(
+    name: str,
+) -> Callable[[Callable[[dict[str, Any]], str]], Callable[[], str]]:
+    """A generator of what a benchmark recorded, from a function of the record; the command where there is none."""
+
+    def of(show: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
+        @wraps(show)
+        def shown() -> str:
+            record = _read(f"{name}.json")
+            command = (
+                f"python benchmarks/{name}.py --out benchmarks/results/{name}.json"
+            )
+            return _not_run(command) if record is None else show(record)
+
+        return shown
+
+    return of
+
+
+@measured("speed")
+def speed(record: dict[str, Any]) -> str:
     """Step time and memory of this library, its peers and the bare matrix products."""
-    record = _read("speed.json")
-    if record is None:
-        return _not_run(
-            "python benchmarks/speed.py --out benchmarks/results/speed.json"
-        )
     parts = []
     for layers, k in dict.fromkeys(
         (row["layers"], row["k"]) for row in record["rows"]
@@ -353,13 +369,9 @@ def speed() -> str:
     return "\n\n".join(parts)
 
 
-def overhead() -> str:
+@measured("overhead")
+def overhead(record: dict[str, Any]) -> str:
     """What the objective's call costs over the same arithmetic by hand."""
-    record = _read("overhead.json")
-    if record is None:
-        return _not_run(
-            "python benchmarks/overhead.py --out benchmarks/results/overhead.json"
-        )
     lines = [
         (
             str(row["k"]),
@@ -378,13 +390,9 @@ def overhead() -> str:
     )
 
 
-def evaluation() -> str:
+@measured("evaluation")
+def evaluation(record: dict[str, Any]) -> str:
     """What large-k evaluation costs over its bare matrix products."""
-    record = _read("evaluation.json")
-    if record is None:
-        return _not_run(
-            "python benchmarks/evaluation.py --out benchmarks/results/evaluation.json"
-        )
     lines = [
         (row["name"], f"{row['seconds']:.2f}", f"{row['over_products']:.2f}")
         for row in record["rows"]
@@ -395,13 +403,9 @@ def evaluation() -> str:
     return "\n\n".join((table, said, _provenance([record])))
 
 
-def precision() -> str:
+@measured("precision")
+def precision(record: dict[str, Any]) -> str:
     """What bfloat16 products do to log-weights, normalised weights and the bound."""
-    record = _read("precision.json")
-    if record is None:
-        return _not_run(
-            "python benchmarks/precision.py --out benchmarks/results/precision.json"
-        )
     found = record["errors"]
     lines = [
         (
@@ -421,13 +425,9 @@ def precision() -> str:
     return "\n\n".join((table, said, _provenance([record])))
 
 
-def time_to_nll() -> str:
+@measured("time_to_nll")
+def time_to_nll(record: dict[str, Any]) -> str:
     """Seconds of training to a test NLL, beside peers."""
-    record = _read("time_to_nll.json")
-    if record is None:
-        return _not_run(
-            "python benchmarks/time_to_nll.py --out benchmarks/results/time_to_nll.json"
-        )
     rows = record["contestants"]
     reached = {n: r["seconds_to_target"] for n, r in rows.items()}
     peers = [t for n, t in reached.items() if t and rows[n]["kind"] == "peer"]
@@ -465,13 +465,9 @@ def time_to_nll() -> str:
     return "\n\n".join(filter(None, (table, plot, said)))
 
 
-def snr() -> str:
+@measured("snr")
+def snr(record: dict[str, Any]) -> str:
     """Slopes of log SNR in log k on Rainforth's toy."""
-    record = _read("snr.json")
-    if record is None:
-        return _not_run(
-            "python benchmarks/snr.py --out benchmarks/results/snr.json"
-        )
     lines = [
         (
             f"`{estimator}`",
@@ -495,13 +491,9 @@ def snr() -> str:
     )
 
 
-def memory() -> str:
+@measured("memory")
+def memory(record: dict[str, Any]) -> str:
     """Peak memory of a step at large k in chunks, over one at k = 50."""
-    record = _read("memory.json")
-    if record is None:
-        return _not_run(
-            "python benchmarks/memory.py --out benchmarks/results/memory.json"
-        )
     on_gpu = any("peak_cuda_mb" in row for row in record["rows"])
     lines = []
     for row in record["rows"]:
@@ -527,15 +519,11 @@ def memory() -> str:
     )
 
 
-def pyro_speed() -> str:
+@measured("pyro_step")
+def pyro_speed(record: dict[str, Any]) -> str:
     """A step of SVI with ObjectiveELBO beside Pyro's own losses."""
     from mcobjectives_examples.render import short_commit
 
-    record = _read("pyro_step.json")
-    if record is None:
-        return _not_run(
-            "python benchmarks/pyro_step.py --out benchmarks/results/pyro_step.json"
-        )
     lines = []
     for k, rows in record["k"].items():
         for name, row in rows.items():

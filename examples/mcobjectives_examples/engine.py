@@ -116,7 +116,7 @@ def make_step(
     """A function x -> loss that takes one step of an optimiser made by `flat_adam`, and the engine that it came to be.
 
     It is made for batches of the size of this x; another one, a last and smaller batch, is run eagerly. So are all
-    where the objective or the model cannot be compiled or captured: the engine then says why.
+    where the objective or the model cannot be compiled: the engine then says why.
     """
     set_precision(precision)
     function = loss_and_gradient(objective, model, precision)
