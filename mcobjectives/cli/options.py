@@ -25,8 +25,7 @@ PresetName = Annotated[
     str,
     typer.Option(
         "--preset",
-        help="smoke (seconds a cell), short (about an hour for table 1's 1L rows on two cores), "
-        "paper (3280 passes) or bgs16.",
+        help="smoke (seconds a cell), short (hours for table 1's 1L rows on two cores), paper (3280 passes) or bgs16.",
     ),
 ]
 Overrides = Annotated[
