@@ -571,13 +571,14 @@ main()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("binarisation", ["once", "epoch"])
-def test_a_killed_run_ends_with_the_same_bits(trainer, tmp_path, binarisation):
+@pytest.mark.parametrize(("engine_name", "binarisation"), [("eager", "once"), ("eager", "epoch"), ("compiled", "once")])
+def test_a_killed_run_ends_with_the_same_bits(trainer, tmp_path, engine_name, binarisation):
     preset = configured("smoke", ["passes=15", "nll_k=20", "batch_size=400"])[0]
-    whole = trainer("whole.pt", preset=preset, binarisation=binarisation)
+    whole = trainer("whole.pt", preset=preset, binarisation=binarisation, engine=engine_name)
     whole.run()
+    assert whole.engine.name == engine_name
     command = [sys.executable, "-c", MCOBJ, "train", "--dataset", "digits", "--objective", "iwae(k=3)", "--device=cpu"]
-    command += ["--engine=eager", "--set=passes=15", "--set=nll_k=20", "--set=batch_size=400"]
+    command += [f"--engine={engine_name}", "--set=passes=15", "--set=nll_k=20", "--set=batch_size=400"]
     command += ["--binarisation", binarisation, "--out", str(tmp_path / "out")]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     checkpoint = tmp_path / "out" / f"{whole.config.name}.pt"
