@@ -16,6 +16,7 @@ from mcobjectives.evaluation import evaluate
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples.cells import recorded, test_images
 from mcobjectives_examples.datasets import Dataset, default_binarisation
+from mcobjectives_examples.engine import Engine, flat_adam, make_step, set_precision
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.paper import table
 from mcobjectives_examples.presets import Preset, capped
@@ -177,14 +178,18 @@ def estimate_seconds(configs: Sequence[Config], dataset: Dataset, device: torch.
 
 
 def _time_step(config: Config, dataset: Dataset, device: torch.device) -> float:
+    preset = config.preset
     model = paper_model(config.layers, dataset.train.mean(0)).to(device)
-    objective = training_objective(config.objective, config.preset)
-    x = dataset.train[: config.preset.batch_size].to(device)
-    return _fastest(lambda: float(objective(model, x).backward() or 0.0), 4)
+    objective = training_objective(config.objective, preset)
+    optimiser = flat_adam(model, preset.betas, preset.eps)
+    x = dataset.train[: preset.batch_size].to(device)
+    step, _ = make_step(Engine("eager", "to be timed"), objective, model, optimiser, preset.precision, x)
+    return _fastest(lambda: float(step(x)), 4)
 
 
 def _time_evaluation(config: Config, dataset: Dataset, device: torch.device) -> float:
     model = paper_model(config.layers, dataset.train.mean(0)).to(device)
+    set_precision("highest")
     images = test_images(dataset, config)
     few, k = images[:20].to(device), min(config.preset.nll_k, 500)
     return _fastest(lambda: evaluate(model, few, k=k).nll, 2) * len(images) / len(few) * config.preset.nll_k / k
