@@ -403,6 +403,34 @@ def overhead(record: dict[str, Any]) -> str:
     )
 
 
+@measured("stacking")
+def stacking(record: dict[str, Any]) -> str:
+    """What training several seeds as one saves."""
+    lines = [
+        (
+            str(row["k"]),
+            f"`{row['precision']}`",
+            f"{row['one_by_one_ms']:.2f}",
+            f"{row['together_ms']:.2f}",
+            f"{row['speedup']:.2f}",
+        )
+        for row in record["rows"]
+    ]
+    members = record["rows"][0]["members"]
+    header = (
+        "k",
+        "precision",
+        f"{members} seeds one by one, ms",
+        "together, ms",
+        "speed-up",
+    )
+    return (
+        blocks.markdown_table(header, lines, right=(0, 2, 3, 4))
+        + "\n\n"
+        + _provenance([record])
+    )
+
+
 @measured("evaluation")
 def evaluation(record: dict[str, Any]) -> str:
     """What large-k evaluation costs over its bare matrix products."""
@@ -585,6 +613,7 @@ GENERATORS: dict[str, Callable[[], str]] = {
     for f in (
         tables,
         evidence,
+        evidence_digits,
         objectives,
         presets,
         datasets,
@@ -592,6 +621,7 @@ GENERATORS: dict[str, Callable[[], str]] = {
         speed,
         memory,
         overhead,
+        stacking,
         evaluation,
         precision,
         time_to_nll,

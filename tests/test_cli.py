@@ -514,6 +514,30 @@ def test_ctrl_c_ends_an_evaluation_after_its_batch(mcobj, tmp_path, monkeypatch)
     assert checkpoint.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_table_of_stacked_cells_is_the_table(mcobj, tmp_path):
+    arguments = ["reproduce", "--table=5", "--dataset=digits", "--seeds=2", "--set=k=1", "--set=passes=2", "--json"]
+    arguments += ["--set=nll_k=20", "--engine=eager"]
+    alone, stacked = [
+        [
+            result["nll"]
+            for row in json.loads(mcobj(*arguments, f"--out={tmp_path / name}", *more)[1])["rows"]
+            for result in row["ours"]
+        ]
+        for name, more in (("alone", []), ("stacked", ["--stack"]))
+    ]
+    assert stacked == pytest.approx(alone, abs=0.01) and len(set(stacked)) == 6
+    records = [json.loads(path.read_text()) for path in (tmp_path / "stacked").glob("*.json")]
+    assert {record["engine"] for record in records} == {"stacked-eager"}
+
+
+def test_what_cannot_be_stacked_is_said(mcobj, tmp_path):
+    arguments = ["reproduce", "--table=6", "--dataset=digits", "--stack", "--set=passes=1", "--set=nll_k=20"]
+    _, _, err = mcobj(*arguments, f"--out={tmp_path}")
+    assert "nothing to stack: no two cells differ in seed or binarisation alone; try --seeds 3" in " ".join(err.split())
+    _, _, err = mcobj(*arguments, "--seeds=2", "--set=k=2", f"--out={tmp_path / 'two'}")
+    assert "stacking does not pay on a CPU for k > 1: these cells are trained one by one" in " ".join(err.split())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "checkpoint"), [("1", "digits-once-2L-vae-k-1-seed0.pt"), ("10", "*-after-*.pt")])
 def test_a_table_killed_and_restarted_is_the_same(mcobj, tmp_path, number, checkpoint):

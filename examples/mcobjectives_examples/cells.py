@@ -55,6 +55,14 @@ def recorded(out: Path, config: Config, dataset_sha256: str | None = None) -> di
     return result
 
 
+def trainer_of(config: Config, dataset: Dataset, out: Path, device: torch.device, **options: Any) -> Trainer:
+    """The cell's run: from its checkpoint, or for a second stage from the first one's, or from the beginning."""
+    trainer = Trainer(config, dataset, device, checkpoint_path(out, config), **options)
+    if not trainer.restore() and config.after is not None:
+        trainer.start_from(out / f"{config.first_stage_name}.pt")
+    return trainer
+
+
 def run_cell(
     config: Config,
     dataset: Dataset,
@@ -75,9 +83,7 @@ def run_cell(
     if found is not None:
         return found
     surroundings = provenance()  # as the run starts: the checkout may move on while it trains
-    trainer = Trainer(config, dataset, device, checkpoint_path(out, config), engine=engine, log=log, note=note)
-    if not trainer.restore() and config.after is not None:
-        trainer.start_from(out / f"{config.first_stage_name}.pt")
+    trainer = trainer_of(config, dataset, out, device, engine=engine, log=log, note=note)
 
     def on_step(progress: Progress) -> None:
         on_progress("train", progress.done, progress.passes)

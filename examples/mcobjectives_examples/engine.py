@@ -159,7 +159,7 @@ def compile_whole(function: Callable[..., Any], *arguments: Tensor) -> Callable[
     So traced, there is no autograd and next to no Python left in a step. Random numbers come from torch's own
     generator, and none is spent on tracing.
     """
-    with _tracing(), generators_at(rng_state()):
+    with tracing(), generators_at(rng_state()):
         graph = make_fx(function)(*arguments)
     compiled = torch.compile(graph, dynamic=False, options={"fallback_random": True})
     with generators_at(rng_state()), torch.no_grad():
@@ -179,13 +179,13 @@ def for_evaluation(model: nn.Module, samples: int) -> Any:
     """The model, with its likelihood compiled where so many samples of log p(x, h) make up for it, on a CPU."""
     device = next(model.parameters()).device
     pays = device.type == "cpu" and samples * _SECONDS_SAVED_PER_SAMPLE > 2 * _SECONDS_TO_COMPILE
-    if not pays or _compiler_failure(device):
+    if not pays or compiler_failure(device):
         return model
     return CompiledLikelihood(model)
 
 
 @contextmanager
-def _tracing() -> Iterator[None]:
+def tracing() -> Iterator[None]:
     # As torch.export does: `torch.compiler.is_compiling()` holds, so that nobody looks at the numbers.
     before = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = True
@@ -259,11 +259,11 @@ def choose_engine(wanted: str, objective: Objective, model: nn.Module, x: Tensor
 def _compiled(why: str, objective: Objective, device: torch.device) -> Engine:
     if objective.chunk_size is not None:
         return Engine("eager", "chunk_size draws random numbers again, which a compiled step cannot")
-    failure = _compiler_failure(device)
+    failure = compiler_failure(device)
     return Engine("eager", f"no working compiler ({failure})") if failure else Engine("compiled", why)
 
 
-def _compiler_failure(device: torch.device) -> str:
+def compiler_failure(device: torch.device) -> str:
     """Why nothing can be compiled, empty if it can."""
     try:
         torch.compile(_probe)(torch.ones(2, device=device))

@@ -6,7 +6,8 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mcobjectives.specs import format_objective, parse_objective
 from mcobjectives_examples import checkpoints
 from mcobjectives_examples.datasets import Dataset, binarise
 from mcobjectives_examples.engine import (
+    ENGINES,
     Engine,
     Step,
     choose_engine,
@@ -111,6 +113,17 @@ class Progress:
     engine: str
 
 
+OnStep = Callable[[Progress], None] | None
+
+
+def advance(batches: Generator[Tensor, Tensor | None, None], loss: Tensor | None) -> Tensor | None:
+    """The next batch of a run, None at its end, after the loss of the last one (None before the first)."""
+    try:
+        return batches.send(loss)
+    except StopIteration:
+        return None
+
+
 class Trainer:
     """One training run: build it, `restore()` if its checkpoint is there, `run()`."""
 
@@ -141,12 +154,17 @@ class Trainer:
         self.total = torch.zeros((), dtype=torch.float64, device=device)  # of the current pass's bounds
         self.history: list[float] = []
         self.seconds = 0.0
+        self.together = 1  # runs that share the time of this one's steps
         self.engine: Engine | None = None
         self.rng = self._rng_state()  # what others draw between now and `run` changes nothing
 
     @property
     def steps_per_pass(self) -> int:
         return math.ceil(len(self.pixels) / self.preset.batch_size)
+
+    @property
+    def steps_left(self) -> int:
+        return (self.preset.passes - self.epoch) * self.steps_per_pass - self.step
 
     @property
     def progress(self) -> Progress:
@@ -169,35 +187,67 @@ class Trainer:
                 raise checkpoints.CheckpointError(f"{path} is not trained to its end: train the first stage first")
             self.model.load_state_dict(state["model"])
 
-    def run(self, on_step: Callable[[Progress], None] | None = None, stop: Callable[[], bool] = lambda: False) -> None:
+    def run(self, on_step: OnStep = None, stop: Callable[[], bool] = lambda: False) -> None:
         """Train to the end of the preset; raises `Interrupted` after a checkpoint once `stop()` is true."""
+        with self.own_random_numbers():
+            step = self._step_function() if self.epoch < self.preset.passes else None
+            batches = self.batches(on_step, stop)
+            x = advance(batches, None)
+            while x is not None and step is not None:
+                x = advance(batches, self.loss(step, x))
+
+    def batches(
+        self, on_step: OnStep = None, stop: Callable[[], bool] = lambda: False
+    ) -> Generator[Tensor, Tensor | None, None]:
+        """The batches from here to the end; each is answered by the loss of the step taken on it.
+
+        The rate is set before a batch and checkpoints are written between them; raises as `run` does.
+        """
         self.model.train()
-        self._set_rng_state(self.rng)
-        if self.epoch < self.preset.passes:
-            # After a restart the same engine as before: another one rounds differently.
-            before, x = self.engine, self._batch(self._order(), 0)
-            wanted = before.name if before else self.wanted_engine
-            self.engine = choose_engine(wanted, self.objective, self.model, x, self._steps_left())
-            if before and before.name == self.engine.name:
-                self.engine = before
-            self.save()  # a folder that cannot be written shows before the work
-            step, self.engine = make_step(
-                self.engine, self.objective, self.model, self.optimiser, self.preset.precision, x
-            )
-            self.note(f"{self.engine.name} steps: {self.engine.why}")
-            self.save()  # the choice of engine is kept
         last_saved = time.monotonic()
         while self.epoch < self.preset.passes:
-            last_saved = self._one_pass(step, on_step, stop, last_saved)
+            last_saved = yield from self._one_pass(on_step, stop, last_saved)
         self.save()
 
+    def loss(self, step: Step, x: Tensor) -> Tensor:
+        """Take a step; what it cannot do with its numbers is a `TrainingError` of this run."""
+        try:
+            return step(x)
+        except ValueError as error:
+            raise self._failed(str(error)) from error
+
+    def first_batch(self) -> Tensor:
+        """A batch of the usual size, to make a step function for."""
+        return self._batch(self._order(), 0)
+
+    @contextmanager
+    def own_random_numbers(self) -> Iterator[None]:
+        """Inside, torch's generator goes on from where this run left it; what others draw outside changes nothing."""
+        self._set_rng_state(self.rng)
+        try:
+            yield
+        finally:
+            self.rng = self._rng_state()
+
+    def _step_function(self) -> Step:
+        # After a restart the same engine as before: another one rounds differently.
+        before, x = self.engine, self.first_batch()
+        if before and before.name not in ENGINES:
+            self.note(f"the checkpoint is of {before.name} steps, now it goes on alone: last digits may differ")
+            before = None
+        wanted = before.name if before else self.wanted_engine
+        self.engine = choose_engine(wanted, self.objective, self.model, x, self.steps_left)
+        if before and before.name == self.engine.name:
+            self.engine = before
+        self.save()  # a folder that cannot be written shows before the work
+        step, self.engine = make_step(self.engine, self.objective, self.model, self.optimiser, self.preset.precision, x)
+        self.note(f"{self.engine.name} steps: {self.engine.why}")
+        self.save()  # the choice of engine is kept
+        return step
+
     def _one_pass(
-        self,
-        step: Step,
-        on_step: Callable[[Progress], None] | None,
-        stop: Callable[[], bool],
-        last_saved: float,
-    ) -> float:
+        self, on_step: OnStep, stop: Callable[[], bool], last_saved: float
+    ) -> Generator[Tensor, Tensor | None, float]:
         began = time.monotonic()
         order = self._order()
         pixels = self.pixels
@@ -207,15 +257,14 @@ class Trainer:
             rate = self.preset.learning_rate(self.epoch + self.step / self.steps_per_pass)
             set_rate(self.optimiser, rate)
             x = self._batch(order, self.step, pixels)
-            try:
-                self.total -= step(x) * len(x)
-            except ValueError as error:
-                raise self._failed(str(error)) from error
+            loss = yield x
+            assert loss is not None
+            self.total -= loss * len(x)
             self.step += 1
             if on_step is not None:
                 on_step(self.progress)
             if stop() and self.step < self.steps_per_pass:
-                self.seconds += time.monotonic() - began
+                self.seconds += (time.monotonic() - began) / self.together
                 self.save()
                 raise Interrupted
         bound = float(self.total) / len(pixels)
@@ -228,7 +277,7 @@ class Trainer:
         self.total.zero_()
         self.epoch, self.step = self.epoch + 1, 0
         now = time.monotonic()
-        self.seconds += now - began
+        self.seconds += (now - began) / self.together
         if now - last_saved > SECONDS_BETWEEN_CHECKPOINTS or stop():
             self.save()
             last_saved = time.monotonic()
@@ -241,9 +290,6 @@ class Trainer:
         return TrainingError(
             f"pass {number}: {why}; the checkpoint before it is kept in {self.checkpoint}; try another seed or preset"
         )
-
-    def _steps_left(self) -> int:
-        return (self.preset.passes - self.epoch) * self.steps_per_pass - self.step
 
     def _order(self) -> Tensor:
         return torch.randperm(len(self.pixels), generator=self._generator("order", self.epoch), device=self.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,23 @@ import torch
 import typer
 
 from mcobjectives.cli.show import CellBar, console, duration, errors, grid, interruptible, progress
+from mcobjectives.specs import parse_objective
 from mcobjectives_examples import checkpoints, drawing, figures, render
-from mcobjectives_examples.cells import checkpoint_path, evaluate_model, recorded, run_cell, test_images
+from mcobjectives_examples.cells import (
+    checkpoint_path,
+    evaluate_model,
+    recorded,
+    run_cell,
+    test_images,
+    trainer_of,
+)
 from mcobjectives_examples.datasets import Dataset, load
 from mcobjectives_examples.engine import require_engine
 from mcobjectives_examples.findings import findings
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.paper import paper
 from mcobjectives_examples.presets import Preset
+from mcobjectives_examples.stacking import pays, stacks, train_together
 from mcobjectives_examples.tables import Row, configurations, estimate_seconds, protocols, rows, with_results
 from mcobjectives_examples.training import Config, Interrupted, pick_device
 
@@ -43,6 +52,7 @@ def reproduce_tables(
     engine: str,
     run: bool,
     form: str,
+    stack: bool = False,
     tensorboard: Path | None = None,
 ) -> None:
     """Run and print a table, or all of them (as JSON: one object, or a list of them)."""
@@ -64,7 +74,15 @@ def reproduce_tables(
         if run:
             loaded = load(grid_rows[0].configs[0].dataset, data_dir, download=download)
             checksum = loaded.checksum
-            run_all(configurations(grid_rows), loaded, out, chosen_device, engine=engine, tensorboard=tensorboard)
+            run_all(
+                configurations(grid_rows),
+                loaded,
+                out,
+                chosen_device,
+                engine=engine,
+                stack=stack,
+                tensorboard=tensorboard,
+            )
         done = with_results(grid_rows, out, checksum)
         if form == "json":
             records.append(render.as_json(title, done, findings(done)))
@@ -81,9 +99,13 @@ def run_all(
     device: torch.device,
     *,
     engine: str,
+    stack: bool = False,
     tensorboard: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """The results of all configurations, with bars; Ctrl-C writes a checkpoint and exits with 130."""
+    """The results of all configurations, with bars; Ctrl-C writes a checkpoint and exits with 130.
+
+    With `stack`, those that differ in seed or binarisation alone are trained together, where that pays.
+    """
     require_tensorboard(tensorboard)
     missing = [config for config in configs if recorded(out, config, dataset.checksum) is None]
     if missing:
@@ -99,12 +121,23 @@ def run_all(
     with interruptible() as stop, progress() as bars:
         whole = bars.add_task("cells", total=len(configs), unit="cells")
         bar = CellBar(bars)
+        together = _stacks(missing, device) if stack else {}
         for config in configs:
             bar.start(f"{config.layers}L {config.objective}")
             hooks: dict[str, Any] = {"on_progress": bar.update, "stop": stop, "note": note}
             try:
-                with tensorboard_log(tensorboard if config in missing else None, config.name) as log:
-                    result = run_cell(config, dataset, out, device, engine=engine, log=log, **hooks)
+                with ExitStack() as logs:
+
+                    def log_of(config: Config) -> Log | None:
+                        folder = tensorboard if config in missing else None
+                        return logs.enter_context(tensorboard_log(folder, config.name))
+
+                    if config in together:
+                        group = together[config]
+                        options: dict[str, Any] = {"engine": engine, "note": note}
+                        trainers = [trainer_of(c, dataset, out, device, log=log_of(c), **options) for c in group]
+                        train_together(trainers, lambda p: bar.update("train", p.done, p.passes), stop)
+                    result = run_cell(config, dataset, out, device, engine=engine, log=log_of(config), **hooks)
             except Interrupted:
                 errors.print(
                     f"interrupted: the checkpoint is in {out}; the same command goes on from there", markup=False
@@ -114,6 +147,17 @@ def run_all(
             bars.advance(whole)
         bar.close()
     return results
+
+
+def _stacks(configs: Sequence[Config], device: torch.device) -> dict[Config, list[Config]]:
+    """The groups to be trained together, each by its first configuration."""
+    groups = [group for group in stacks(configs) if len(group) > 1]
+    if not groups:
+        errors.print("nothing to stack: no two cells differ in seed or binarisation alone; try --seeds 3")
+    paying = [group for group in groups if pays(parse_objective(group[0].objective).k, device)]
+    if len(paying) < len(groups):
+        errors.print("stacking does not pay on a CPU for k > 1: these cells are trained one by one")
+    return {group[0]: group for group in paying}
 
 
 def _announce(missing: Sequence[Config], dataset: Dataset, device: torch.device) -> None:

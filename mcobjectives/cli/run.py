@@ -43,6 +43,13 @@ def reproduce(
     device: Device = "auto",
     engine: Engine = "auto",
     precision: Precision = None,
+    stack: Annotated[
+        bool,
+        typer.Option(
+            "--stack",
+            help="Train the seeds of a cell together, as one batched model, where that pays.",
+        ),
+    ] = False,
     run: Annotated[bool, typer.Option(help="--no-run only renders what is recorded in --out.")] = True,
     as_json: Json = False,
     tensorboard: Tensorboard = None,
@@ -70,6 +77,7 @@ def reproduce(
         download=download,
         device=device,
         engine=engine,
+        stack=stack,
         run=run,
         tensorboard=tensorboard,
         form="json" if as_json else "markdown" if as_markdown else "terminal",
