@@ -94,7 +94,7 @@ for _preset in (
     Preset(
         "short",
         "one learning-rate cycle of few passes, few samples back-propagated, products in bfloat16",
-        ((120, 2e-3),),
+        ((140, 2e-3),),
         one_cycle=True,
         backward_samples=10,
         precision="bf16",
