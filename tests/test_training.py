@@ -519,6 +519,64 @@ def test_what_cannot_be_compiled_is_run_eagerly_and_says_why(trainer, monkeypatc
     assert torch.isfinite(step(run.pixels[:400]))
 
 
+class _Stream:
+    def wait_stream(self, other):
+        pass
+
+
+class _Graph:
+    """A CUDA graph's part on a CPU: a replay runs again the step that was captured."""
+
+    def replay(self):
+        self.step.loss.copy_(self.eager(self.step.x))
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Stands in for CUDA's streams and graphs, whose own behaviour only a GPU can show."""
+    monkeypatch.setattr(torch.cuda, "Stream", _Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", _Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", _Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+
+
+@pytest.mark.parametrize("taken", [0, 2])
+def test_capturing_a_step_leaves_no_trace(trainer, graphs, taken):
+    """Of a fresh run and of one that has taken steps: parameters, moments and random numbers are as before."""
+    runs = [trainer("a.pt"), trainer("b.pt")]
+    x = runs[0].pixels[:400]
+    steps = []
+    for run, name in zip(runs, ("eager", "cuda-graph"), strict=True):
+        torch.manual_seed(1)
+        arguments = run.objective, run.model, run.optimiser, "highest", x
+        eager, _ = make_step(Engine("eager", ""), *arguments)
+        for _ in range(taken):
+            eager(x)
+        if name == "cuda-graph":
+            steps.append(engine._GraphStep(eager, run.optimiser.param_groups[0]["params"][0], run.optimiser, x))
+            steps[-1].graph.step, steps[-1].graph.eager = steps[-1], eager
+        else:
+            steps.append(eager)
+        losses = [steps[-1](run.pixels[n : n + 400]).item() for n in (0, 400, 800)]
+        run.history = losses
+    assert same(*runs) and len(set(runs[0].history)) == 3
+
+
+def test_a_capture_that_fails_falls_back_and_says_why(trainer, graphs, monkeypatch):
+    def refuse(graph):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    runs = [trainer("a.pt"), trainer("b.pt")]
+    for run, name in zip(runs, ("eager", "cuda-graph"), strict=True):
+        torch.manual_seed(1)
+        step, used = make_step(Engine(name, ""), run.objective, run.model, run.optimiser, "highest", run.pixels[:400])
+        run.history = [step(run.pixels[:400]).item() for _ in range(2)]
+    assert used.why == "cannot be cuda-graph: operation not permitted when stream is capturing"
+    assert used.name == "eager" and same(*runs)
+
+
 def test_mixed_precision_is_within_its_error(trainer):
     run, objective = trainer(), IWAE(k=50)
     bounds = []

@@ -131,7 +131,11 @@ def make_step(
         return eager, engine
     usual = len(x)
     try:
-        whole = _compiled_step(function, vector, optimiser, x) if engine.name == "compiled" else _GraphStep(eager)
+        whole: Step
+        if engine.name == "compiled":
+            whole = _compiled_step(function, vector, optimiser, x)
+        else:
+            whole = _GraphStep(eager, vector, optimiser, x)
     except Exception as error:  # whatever a compiler stumbles over: do without
         return eager, Engine("eager", f"cannot be {engine.name}: {_first_line(error)}")
     return lambda x: whole(x) if len(x) == usual else eager(x), engine
@@ -196,36 +200,39 @@ def tracing() -> Iterator[None]:
 
 
 class _GraphStep:
-    """An eager step as one CUDA graph: captured after a few ordinary steps, then replayed without the host."""
+    """An eager step as one CUDA graph, replayed without the host.
 
-    def __init__(self, eager: Step) -> None:
-        self.eager, self.taken = eager, 0
-        self.graph: Any = None
-        self.x = self.loss = torch.empty(0)
+    Making it takes ordinary steps, as a capture needs them, and leaves the parameters, the optimiser's moments and the
+    random numbers as they were: all steps of a run are replays.
+    """
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.graph is None:
-            self.taken += 1
-            if self.taken <= _STEPS_BEFORE_CAPTURE:
-                return self._settle(x)
-            self._capture(x)
-        self.x.copy_(x)
-        self.graph.replay()
-        return self.loss.clone()
+    def __init__(self, eager: Step, vector: nn.Parameter, optimiser: torch.optim.Optimizer, x: Tensor) -> None:
+        before = vector.detach().clone()
+        moments = {name: value.clone() for name, value in optimiser.state[vector].items()}
+        self.x, self.graph = x.clone(), torch.cuda.CUDAGraph()
+        try:
+            with generators_at(rng_state()):
+                self._capture(eager)
+        finally:
+            with torch.no_grad():
+                vector.copy_(before)
+                for name, value in optimiser.state[vector].items():  # in place: the graph knows these tensors
+                    value.copy_(moments[name]) if moments else value.zero_()
 
-    def _settle(self, x: Tensor) -> Tensor:
-        """A step on another stream, as a capture needs it: libraries and the optimiser's state are set up."""
+    def _capture(self, eager: Step) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            loss = self.eager(x)
+            for _ in range(_STEPS_BEFORE_CAPTURE):
+                eager(self.x)
         torch.cuda.current_stream().wait_stream(stream)
-        return loss
-
-    def _capture(self, x: Tensor) -> None:
-        self.x, self.graph = x.clone(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.loss = self.eager(self.x)
+            self.loss = eager(self.x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.x.copy_(x)
+        self.graph.replay()
+        return self.loss.clone()
 
 
 def choose_engine(wanted: str, objective: Objective, model: nn.Module, x: Tensor, steps: int) -> Engine:
