@@ -160,7 +160,7 @@ def with_results(table_rows: Sequence[Row], out: Path, data_sha256: str | None =
 
 
 def estimate_seconds(configs: Sequence[Config], dataset: Dataset, device: torch.device) -> float:
-    """How long the configurations would take, from a few timed steps of each; compiling may save a half of it."""
+    """How long the configurations would take, from a few timed steps of each; compiling may save two thirds of it."""
     steps: dict[tuple[int, str], float] = {}
     evaluations: dict[int, float] = {}
     total = 0.0

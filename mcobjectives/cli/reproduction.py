@@ -164,10 +164,11 @@ def _announce(missing: Sequence[Config], dataset: Dataset, device: torch.device)
     with errors.status("timing a few steps"):
         seconds = estimate_seconds(missing, dataset, device)
     preset = missing[0].preset
+    most = "at most about" if device.type == "cpu" else "about"  # these steps were not compiled
     advice = "" if seconds < 600 or preset.name == "smoke" else "; --preset smoke would take minutes"
     errors.print(
         f"{render.counted(len(missing), 'cell')} to run with preset {preset.name} "
-        f"({render.counted(preset.passes, 'pass')}) on {device}: about {duration(seconds)}{advice}"
+        f"({render.counted(preset.passes, 'pass')}) on {device}: {most} {duration(seconds)}{advice}"
     )
 
 
