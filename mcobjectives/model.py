@@ -43,7 +43,7 @@ class Posterior(Protocol):
         """h, each part of it `sample_shape + (batch, ...)`."""
         ...
 
-    def log_prob(self, h: Latent) -> Tensor:
+    def log_prob(self, h: Latent, /) -> Tensor:
         """log q(h | x), `(k, batch)`."""
         ...
 

@@ -215,7 +215,7 @@ class MIWAE(Objective):
     exempt = frozenset({"permutation"})
 
     @property
-    def k(self) -> int:
+    def k(self) -> int:  # type: ignore[override]
         return self.k1 * self.k2
 
     def _grouped(self, log_w: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ class Split(Objective):
     inference: Objective
 
     @property
-    def k(self) -> int:
+    def k(self) -> int:  # type: ignore[override]
         return self.generative.k
 
     @property

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import sysconfig
 import textwrap
 import venv
@@ -145,6 +146,17 @@ def test_a_consumer_sees_the_types(environment, tmp_path):
     (tmp_path / "consumer.py").write_text(textwrap.dedent(CONSUMER))
     strict = ("--strict", "--allow-untyped-calls", "--no-warn-return-any")  # torch.distributions has few types
     found = python("-m", "mypy", *strict, "--python-executable", str(environment), "consumer.py", cwd=tmp_path)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_pyright_sees_them_too(environment, tmp_path):
+    """Where it is installed; it honours the same `type: ignore` comments, and checks what mypy lets pass."""
+    pyright = shutil.which("pyright")
+    if pyright is None:
+        pytest.skip("pyright is not installed")
+    (tmp_path / "consumer.py").write_text(textwrap.dedent(CONSUMER))
+    (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "standard"}')
+    found = subprocess.run([pyright, "--pythonpath", str(environment)], cwd=tmp_path, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
 
 
