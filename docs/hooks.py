@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MARKER = re.compile(r"<!-- generated: (\w+) -->")
 NOT_RUN = "not run"
+NEAR = 1.5  # nats: how near to the paper preset short is meant to come
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
@@ -60,6 +61,56 @@ def _table(number: str) -> str:
             f"{NOT_RUN.capitalize()}. This runs it:\n\n```sh\nmcobj reproduce --table {number} --preset short\n```"
         )
     return "\n\n".join(parts)
+
+
+def agreement() -> str:
+    """For each recorded table: how far our NLL is from the paper's, and how many of the paper's claims hold."""
+    from mcobjectives_examples.findings import findings
+    from mcobjectives_examples.paper import paper
+
+    lines = []
+    for number in paper()["tables"]:
+        for rows in (
+            r for folder in _folders() for r in _recorded_rows(number, folder)
+        ):
+            found = [
+                (row.mean("nll") - row.paper["nll"], row)
+                for row in rows
+                if row.on_papers_data and row.values("nll")
+            ]
+            if not found:
+                continue
+            furthest, row = max(found, key=lambda pair: abs(pair[0]))
+            verdicts = [finding.verdict for finding in findings(rows)]
+            lines.append(
+                (
+                    f"[{number}](#table-{number}-{_anchor(number)})",
+                    rows[0].configs[0].preset.name,
+                    f"{len(found)} of {len(rows)}",
+                    f"{sum(abs(gap) <= NEAR for gap, _ in found)}",
+                    f"{sum(gap for gap, _ in found) / len(found):+.2f}",
+                    f"{furthest:+.2f} ({row.layers}L `{row.label}`)",
+                    f"{verdicts.count('holds')} of {len(verdicts)}",
+                )
+            )
+    if not lines:
+        return f"{NOT_RUN.capitalize()}."
+    header = (
+        "table",
+        "preset",
+        "rows recorded",
+        f"within {NEAR} nats of the paper",
+        "mean difference",
+        "largest",
+        "claims that hold",
+    )
+    return blocks.markdown_table(header, lines, right=range(2, 5))
+
+
+def _anchor(number: str) -> str:
+    from mcobjectives_examples.paper import table
+
+    return re.sub(r"[^a-z0-9]+", "-", table(number)["title"].lower()).strip("-")
 
 
 def _folders() -> list[Path]:
@@ -612,6 +663,7 @@ GENERATORS: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         tables,
+        agreement,
         evidence,
         evidence_digits,
         objectives,
