@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 
 import pytest
 import torch
@@ -116,6 +117,20 @@ def test_an_interrupted_stack_ends_with_the_same_bits(trainers):
     assert all((trainer.epoch, trainer.step) == (1, 2) for trainer in stopped)
     train_together(stopped)
     assert all(same_bits(*pair) for pair in zip(stopped, whole, strict=True))
+
+
+def test_a_stop_that_is_asked_for_once_stops_all(trainers):
+    asked = iter(range(1, 100))
+    members = trainers("once")
+    with pytest.raises(Interrupted):
+        train_together(members, stop=lambda: next(asked) == 5)
+    assert all(trainer.steps_left > 8 for trainer in members)
+
+
+def test_members_share_the_time_that_they_took(trainers):
+    members, began = trainers("time"), time.monotonic()
+    train_together(members)
+    assert 0 < sum(trainer.seconds for trainer in members) <= time.monotonic() - began
 
 
 def test_members_that_were_stopped_at_different_steps_end_with_the_same_bits(trainers, monkeypatch):
