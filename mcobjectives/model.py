@@ -205,6 +205,7 @@ class Samples:
                 self._states.append(rng_state())
                 with torch.no_grad():
                     self._sample(self._size(b))
+            cast_anew()
 
     def draw(self, start: int = 0, stop: int | None = None) -> Latent:
         """Samples `start` to `stop`: `(stop - start, batch, ...)`, differentiable where the stream is pathwise."""
@@ -231,7 +232,9 @@ class Samples:
         if self.pathwise:
             return self.posterior.rsample(shape)
         with torch.no_grad():  # rsample where there is one, so that every estimator sees the same numbers for a seed
-            return (self.posterior.rsample if has_rsample(self.posterior) else self.posterior.sample)(shape)
+            h = (self.posterior.rsample if has_rsample(self.posterior) else self.posterior.sample)(shape)
+        cast_anew()
+        return h
 
 
 def check_differentiable(h: Latent, log_q: Tensor) -> None:
@@ -257,6 +260,15 @@ def generators_at(state: Any) -> Iterator[None]:
         yield
     finally:
         set_rng_state(now)
+
+
+def cast_anew() -> None:
+    """After networks were evaluated without a graph: let autocast forget the parameters that it has cast.
+
+    torch 2.9 hands those casts to code with a graph, where the parameters' gradient is then lost.
+    """
+    if not torch.compiler.is_compiling():
+        torch.clear_autocast_cache()
 
 
 def rng_state() -> tuple[Tensor, Tensor | None]:

@@ -24,6 +24,7 @@ from mcobjectives.model import (
     Latent,
     ModelError,
     Samples,
+    cast_anew,
     check_differentiable,
     generators_at,
     log_joint,
@@ -135,7 +136,9 @@ class Objective(ABC):
         """The bound for each data point, `(batch,)`, without a graph."""
         with torch.no_grad():
             samples, log_p, log_q = self._open(model, x)
-            return self._reduce_checked(self._log_weights(samples, log_p, log_q))
+            bound = self._reduce_checked(self._log_weights(samples, log_p, log_q))
+        cast_anew()
+        return bound
 
     def surrogate(self, model: Any, x: Any) -> Tensor:
         """The bound for each data point, `(batch,)`, whose gradient is the estimator's."""
@@ -189,6 +192,7 @@ class Objective(ABC):
                 if states is not None:
                     states.append(rng_state())
                 parts.append(terms(PLAIN, log_p, log_q, h, stop - start, self.tempering, Ratio()).log_w)
+        cast_anew()
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _chunked(self, samples: Samples, log_p: Density, log_q: Density) -> Tensor:
@@ -223,6 +227,7 @@ class Objective(ABC):
             with torch.no_grad():
                 fixed = pytree.tree_map(torch.Tensor.detach, h)
                 log_w = terms(PLAIN, log_p, log_q, fixed, self.k, self.tempering, Ratio()).log_w
+            cast_anew()
         bound = self._reduce_checked(log_w)
         with torch.no_grad():
             arrays = self.weights(log_w)

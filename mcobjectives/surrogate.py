@@ -7,6 +7,7 @@ where `scale` reads them from a cell that is filled in between. Stopping q stops
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -121,13 +122,17 @@ def stopped(density: Density, h: Latent, value: Tensor) -> Tensor:
     """density(h), whose value is known, differentiable with respect to h alone: its parameters are stopped."""
     refuse_transforms(h)
     leaves, structure = pytree.tree_flatten(h)
-    return _Stopped.apply(density, structure, value.detach(), *leaves)
+
+    def of_leaves(parts: list[Tensor]) -> Tensor:  # torch 2.9 compiles no function with a structure as its argument
+        return density(pytree.tree_unflatten(parts, structure))
+
+    return _Stopped.apply(of_leaves, value.detach(), *leaves)
 
 
 class _Stopped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, density: Density, structure: Any, value: Tensor, *leaves: Tensor) -> Tensor:
-        ctx.density, ctx.structure = density, structure
+    def forward(ctx: Any, of_leaves: Callable[[list[Tensor]], Tensor], value: Tensor, *leaves: Tensor) -> Tensor:
+        ctx.of_leaves = of_leaves
         ctx.autocast = autocast_as_now(value.device.type)
         ctx.save_for_backward(value, *leaves)
         return value.clone()
@@ -138,10 +143,10 @@ class _Stopped(torch.autograd.Function):
         with torch.enable_grad():
             leaves = [leaf.detach().requires_grad_() for leaf in saved]
             with ctx.autocast():
-                value = ctx.density(pytree.tree_unflatten(leaves, ctx.structure))
+                value = ctx.of_leaves(leaves)
             require_unchanged(value, first, "a log-density")
             grads = torch.autograd.grad(value, leaves, grad, allow_unused=True)
-        return None, None, None, *grads
+        return None, None, *grads
 
 
 def with_value(total: Tensor, value: Tensor) -> Tensor:

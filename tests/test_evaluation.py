@@ -321,7 +321,10 @@ def test_cuda_agrees_with_closed_form():
 def test_khat_equals_arviz(k, spread):
     log_w = spread * torch.randn(k, 6, generator=torch.Generator().manual_seed(k), dtype=F64)
     largest = log_w.topk(tail_length(k) + 1, dim=0).values
-    torch.testing.assert_close(pareto_khat(largest), arviz_khat(log_w).double(), rtol=1e-6, atol=1e-6)
+    found, expected = pareto_khat(largest), arviz_khat(log_w).double()
+    if k == 25 and expected.isnan().all():
+        pytest.skip("this arviz fits no tail of five weights")
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [0.2, 0.5, 0.9])
