@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -81,7 +82,7 @@ def agreement() -> str:
             if not found:
                 continue
             furthest, row = max(found, key=lambda pair: abs(pair[0]))
-            verdicts = [finding.verdict for finding in findings(rows)]
+            verdicts = Counter(finding.verdict for finding in findings(rows))
             lines.append(
                 (
                     f"[{number}](#table-{number}-{_anchor(number)})",
@@ -90,7 +91,7 @@ def agreement() -> str:
                     f"{sum(abs(gap) <= NEAR for gap, _ in found)}",
                     f"{sum(gap for gap, _ in found) / len(found):+.2f}",
                     f"{furthest:+.2f} ({row.layers}L `{row.label}`)",
-                    f"{verdicts.count('holds')} of {len(verdicts)}",
+                    ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items()),
                 )
             )
     if not lines:
@@ -102,7 +103,7 @@ def agreement() -> str:
         f"within {NEAR} nats of the paper",
         "mean difference",
         "largest",
-        "claims that hold",
+        "the paper's claims",
     )
     return blocks.markdown_table(header, lines, right=range(2, 5))
 
