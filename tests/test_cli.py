@@ -535,7 +535,7 @@ def test_what_cannot_be_stacked_is_said(mcobj, tmp_path):
     _, _, err = mcobj(*arguments, f"--out={tmp_path}")
     assert "nothing to stack: no two cells differ in seed or binarisation alone; try --seeds 3" in " ".join(err.split())
     _, _, err = mcobj(*arguments, "--seeds=2", "--set=k=2", f"--out={tmp_path / 'two'}")
-    assert "stacking does not pay on a CPU for k > 1: these cells are trained one by one" in " ".join(err.split())
+    assert "on a CPU only cells of k = 1 are stacked: the others are trained one by one" in " ".join(err.split())
 
 
 @pytest.mark.slow

@@ -156,7 +156,7 @@ def _stacks(configs: Sequence[Config], device: torch.device) -> dict[Config, lis
         errors.print("nothing to stack: no two cells differ in seed or binarisation alone; try --seeds 3")
     paying = [group for group in groups if pays(parse_objective(group[0].objective).k, device)]
     if len(paying) < len(groups):
-        errors.print("stacking does not pay on a CPU for k > 1: these cells are trained one by one")
+        errors.print("on a CPU only cells of k = 1 are stacked: the others are trained one by one")
     return {group[0]: group for group in paying}
 
 
