@@ -491,7 +491,7 @@ def test_only_whole_batches_are_compiled_wherever_a_run_begins(trainer, monkeypa
 )
 def test_a_step_traced_as_one_graph_is_the_step(trainer, monkeypatch, spec, layers):
     """Its loss and gradient are autograd's, and tracing draws no random number."""
-    monkeypatch.setattr(torch, "compile", lambda graph, **options: graph)
+    monkeypatch.setattr(engine, "inductor_compile", lambda graph, *arguments, **options: graph)
     run = trainer(objective=spec, layers=layers)
     [vector], x = run.optimiser.param_groups[0]["params"], run.pixels[:50]
     state = torch.get_rng_state()
@@ -505,6 +505,26 @@ def test_a_step_traced_as_one_graph_is_the_step(trainer, monkeypatch, spec, laye
         parts = torch.autograd.grad(expected, list(run.model.parameters()))
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
         torch.testing.assert_close(gradient, torch.cat([p.flatten() for p in parts]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_step_leaves_what_adam_leaves(trainer, monkeypatch):
+    """The same bits in parameters, moments and count, from the first step or from a checkpoint's, at any rate."""
+    monkeypatch.setattr(engine, "compile_whole", lambda function, *arguments: function)
+    ends = []
+    for name in ("eager", "compiled"):
+        run = trainer()
+        step, _ = make_step(
+            Engine(name, ""), run.objective, run.model, run.optimiser, "highest", run.pixels[:100]
+        )
+        torch.manual_seed(0)
+        for rate in (1e-3, 1e-2):
+            engine.set_rate(run.optimiser, rate)
+            step(run.pixels[:100])
+        run.optimiser.load_state_dict(run.optimiser.state_dict())
+        step(run.pixels[:100])
+        ends.append((run.model.state_dict(), run.optimiser.state_dict()))
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
+    assert ends[0][1]["state"][0]["step"] == 3
 
 
 def test_what_cannot_be_compiled_is_run_eagerly_and_says_why(trainer, monkeypatch):

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import compile as inductor_compile
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.optim.adam import adam
 
 from mcobjectives.model import generators_at, rng_state
 from mcobjectives.objective import Objective
@@ -129,7 +131,7 @@ def make_step(
 
     if engine.name == "eager":
         return eager, engine
-    usual = len(x)
+    usual = x
     try:
         whole: Step
         if engine.name == "compiled":
@@ -138,7 +140,7 @@ def make_step(
             whole = _GraphStep(eager, vector, optimiser, x)
     except Exception as error:  # whatever a compiler stumbles over: do without
         return eager, Engine("eager", f"cannot be {engine.name}: {_first_line(error)}")
-    return lambda x: whole(x) if len(x) == usual else eager(x), engine
+    return lambda x: whole(x) if x.shape == usual.shape and x.dtype == usual.dtype else eager(x), engine
 
 
 def _first_line(error: Exception) -> str:
@@ -150,22 +152,51 @@ def _compiled_step(function: Callable[..., Any], vector: nn.Parameter, optimiser
 
     def step(x: Tensor) -> Tensor:
         with torch.no_grad():
-            loss, vector.grad = compiled(vector.detach(), x)
-        optimiser.step()
+            loss, gradient = compiled(vector.detach(), x)
+            _adam_step(optimiser, vector, gradient)
         return loss
 
     return step
 
 
+def _adam_step(optimiser: torch.optim.Optimizer, vector: nn.Parameter, gradient: Tensor) -> None:
+    """`optimiser.step()` without its bookkeeping, which at k = 1 is a sixteenth of a step."""
+    [group], state = optimiser.param_groups, optimiser.state[vector]
+    if not state:
+        state["step"] = torch.zeros((), device=vector.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(vector), torch.zeros_like(vector)
+    beta1, beta2 = group["betas"]
+    adam(
+        [vector],
+        [gradient],
+        [state["exp_avg"]],
+        [state["exp_avg_sq"]],
+        [],
+        [state["step"]],
+        fused=True,
+        capturable=group["capturable"],
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=0.0,
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
 def compile_whole(function: Callable[..., Any], *arguments: Tensor) -> Callable[..., Any]:
     """The function as one graph of tensor operations, its backward pass among them, compiled.
 
-    So traced, there is no autograd and next to no Python left in a step. Random numbers come from torch's own
-    generator, and none is spent on tracing.
+    So traced, there is no autograd and next to no Python left in a step: nor the guards of `torch.compile`, so that all
+    calls must have arguments of these shapes and types. Random numbers come from torch's own generator, and none is
+    spent on tracing.
     """
     with tracing(), generators_at(rng_state()):
         graph = make_fx(function)(*arguments)
-    compiled = torch.compile(graph, dynamic=False, options={"fallback_random": True})
+    for node in graph.graph.nodes:
+        node.meta.clear()  # shapes that the trace has found, which the compiler wants to find itself
+    compiled = inductor_compile(graph, list(arguments), options={"fallback_random": True})
     with generators_at(rng_state()), torch.no_grad():
         compiled(*arguments)
     return compiled
