@@ -43,12 +43,17 @@ def _in_bfloat16() -> bool:
 
 
 class Affine(nn.Linear):
-    """A linear layer with its bias in float32: torch's bfloat16 one copies it over the whole result first."""
+    """A linear layer that adds its bias, in float32, after the product: torch's copies it over the whole result first.
+
+    Compiled, the sum is part of whatever comes next.
+    """
 
     def forward(self, given: Tensor) -> Tensor:
-        if not _in_bfloat16():
-            return super().forward(given)
-        return nn.functional.linear(given.bfloat16(), self.weight.bfloat16()).float() + self.bias
+        if _in_bfloat16():
+            return nn.functional.linear(given.bfloat16(), self.weight.bfloat16()).float() + self.bias
+        if torch.compiler.is_compiling():
+            return nn.functional.linear(given, self.weight) + self.bias
+        return super().forward(given)
 
 
 class Tanh(nn.Module):
