@@ -513,9 +513,7 @@ def test_a_compiled_step_leaves_what_adam_leaves(trainer, monkeypatch):
     ends = []
     for name in ("eager", "compiled"):
         run = trainer()
-        step, _ = make_step(
-            Engine(name, ""), run.objective, run.model, run.optimiser, "highest", run.pixels[:100]
-        )
+        step, _ = make_step(Engine(name, ""), run.objective, run.model, run.optimiser, "highest", run.pixels[:100])
         torch.manual_seed(0)
         for rate in (1e-3, 1e-2):
             engine.set_rate(run.optimiser, rate)
