@@ -31,7 +31,10 @@ class ModelError(TypeError, ValueError):
 class Posterior(Protocol):
     """q(h | x) for a batch of x: any `torch.distributions.Distribution` of batch shape `(batch,)` is one.
 
-    Pathwise estimators need `rsample(sample_shape)` too, with samples that are differentiable.
+    Pathwise estimators need `rsample(sample_shape)` too, with samples that are differentiable. One whose samples cost
+    networks, as q(h1 | x) q(h2 | h1) does, may have `attach(h)` besides: the samples h, `(m, batch, ...)`, as functions
+    of its parameters, the noise in them held constant. With `backward_samples` its networks are then differentiated
+    for the chosen samples alone.
 
     Example:
         >>> from torch.distributions import Independent, Normal
@@ -199,6 +202,7 @@ class Samples:
             raise ModelError(f"the posterior {type(posterior).__name__} has neither sample nor rsample")
         require(posterior, "an objective", "log_prob")
         self.posterior, self.k, self.pathwise = posterior, k, pathwise
+        self.attach = posterior.attach if pathwise and has_methods(posterior, "attach") else None
         self._states: list[Any] = []
         if replay:
             for b in range(-(-k // self.BLOCK)):

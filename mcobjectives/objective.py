@@ -220,6 +220,8 @@ class Objective(ABC):
     def _resampled(self, samples: Samples, log_p: Density, log_q: Density) -> Tensor:
         m = self.backward_samples
         assert m is not None
+        if samples.attach is not None:  # only what is chosen needs a graph
+            samples.pathwise = False
         h = samples.draw() if self.chunk_size is None else None
         if h is None:
             log_w = self._log_weights(samples, log_p, log_q)
@@ -240,6 +242,8 @@ class Objective(ABC):
         ratio = Ratio()
         ratio.of(weights)
         chosen = pytree.tree_map(lambda part: _pick(part, index), h) if h is not None else self._redraw(samples, index)
+        if samples.attach is not None:
+            chosen = samples.attach(chosen)
         kept = terms(self._plan, log_p, log_q, chosen, m, self.tempering, ratio)
         # Loosely: in half precision m rows are not multiplied as k rows are, to the last of their few bits.
         require_unchanged(kept.log_w, log_w.gather(0, index), "log p(x, h) - log q(h | x)", tolerance=1e-2)

@@ -6,7 +6,7 @@ from torch.distributions import Bernoulli, Independent, Normal
 
 from mcobjectives import IWAE
 from mcobjectives.evaluation import evaluate
-from mcobjectives_examples.models import PaperModel, paper_model
+from mcobjectives_examples.models import GaussianChain, PaperModel, paper_model
 from mcobjectives_examples.paper import paper
 
 DEPTHS = {1: ([8], [3]), 2: ([8, 6], [5, 3]), 3: ([8, 7, 6], [5, 4, 3])}
@@ -111,6 +111,21 @@ def test_samples_of_the_chain_have_its_means_and_spreads(layers):
             z = (part - conditional.mean) / conditional.stddev
             assert z.mean(0).abs().max() < 0.03 and (z.std(0) - 1).abs().max() < 0.03
             given = part
+
+
+@pytest.mark.parametrize("gradient", ["reparam", "dreg"])
+@pytest.mark.parametrize("layers", [2, 3])
+def test_attached_samples_of_the_chain_have_the_gradient_of_drawn_ones(gradient, layers, monkeypatch):
+    model, x = small(layers).double(), data().double()
+    objective = IWAE(k=7, backward_samples=3, gradient=gradient)
+
+    def gradient_of() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        return list(torch.autograd.grad(objective(model, x), list(model.parameters())))
+
+    attached = gradient_of()
+    monkeypatch.delattr(GaussianChain, "attach")
+    torch.testing.assert_close(attached, gradient_of(), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("layers", [2, 3])

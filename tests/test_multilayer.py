@@ -98,6 +98,53 @@ def test_a_dict_of_layers_is_as_good_as_a_tuple(gradient, chunk_size, backward_s
     assert_same(found, expected, 1e-12)
 
 
+class Attached(TwoLayers):
+    """The same model, whose posterior says how samples depend on its parameters; it counts the rows with a graph."""
+
+    def posterior(self, x):
+        chain, model = super().posterior(x), self
+        self.rows = []
+
+        class Attaching:
+            rsample, log_prob = chain.rsample, chain.log_prob
+
+            def attach(self, h):
+                model.rows.append(len(h[0]))
+                h1 = _attached(chain._h1(), h[0])
+                return h1, _attached(chain._h2(h1), h[1])
+
+        return Attaching()
+
+
+def _attached(q, h):
+    return q.loc + q.scale * ((h - q.loc) / q.scale).detach()
+
+
+@pytest.mark.parametrize("gradient", ["reparam", "stl", "dreg", "score", "vimco"])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.filterwarnings("ignore:gradient='stl' is biased")
+def test_only_the_chosen_samples_are_attached_and_their_gradient_is_the_same(gradient, chunk_size):
+    x, model = torch.tensor([0.3, -1.2], dtype=F64), Attached()
+    objective = IWAE(k=5, gradient=gradient, chunk_size=chunk_size, backward_samples=2)
+    value, expected = loss_gradient(objective, TwoLayers(), x)
+    found_value, found = loss_gradient(objective, model, x)
+    torch.testing.assert_close(found_value, value, rtol=0, atol=1e-12)
+    assert_same(found, expected, 1e-12)
+    assert model.rows == ([2] if objective._plan.path else [])
+
+
+def test_an_attach_that_moves_the_samples_is_refused():
+    class Moving(Attached):
+        def posterior(self, x):
+            posterior = super().posterior(x)
+            attach = posterior.attach
+            posterior.attach = lambda h: tuple(part + 0.1 for part in attach(h))
+            return posterior
+
+    with pytest.raises(RuntimeError, match="another value when it is evaluated again"):
+        IWAE(k=5, backward_samples=2)(Moving(), torch.tensor([0.3, -1.2], dtype=F64))
+
+
 class Widths(Model):
     """Layers of different shapes: h1 is (k, batch, 2, 3), h2 (k, batch)."""
 

@@ -92,6 +92,16 @@ class GaussianChain:
         """The exact mean of layer 1, `(batch, d)`; deeper layers have none in closed form."""
         return (self.first[0],)
 
+    def attach(self, h: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """h = mean + std * noise again, each layer's mean and std differentiable and its noise (h - mean) / std not."""
+        mean, std = self.first
+        attached: list[Tensor] = []
+        for i, part in enumerate(h):
+            if i:
+                mean, std = self.layers[i - 1](attached[-1])
+            attached.append(mean + std * ((part - mean) / std).detach())
+        return tuple(attached)
+
     def rsample(self, sample_shape: torch.Size) -> tuple[Tensor, ...]:
         mean, std = self.first
         h = [mean + std * torch.randn(sample_shape + mean.shape, dtype=mean.dtype, device=mean.device)]
