@@ -5,7 +5,8 @@
 
 One stochastic layer, IWAE with k samples, fixed-binarisation MNIST, batch 100, one learning-rate cycle. Every
 contestant is a process (`peers/`); they take turns, a pass at a time, while the others wait. Only training steps count.
-After some passes the parameters are evaluated here, all alike: IWAE-500 in float32 on a random subset of test images.
+After some passes the parameters are evaluated here, all alike: IWAE-5000 in float32 on a random subset of test images.
+The record is written after every evaluation, so that a run that is stopped keeps what it has.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from torch import nn
 
 from mcobjectives.evaluation import evaluate
 from mcobjectives_examples.datasets import load
+from mcobjectives_examples.engine import for_evaluation
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.presets import get_preset
 
@@ -41,7 +44,7 @@ def nll(parameters: Path, images: torch.Tensor, k: int) -> float:
             module.weight.copy_(torch.from_numpy(arrays[f"arr_{i}"]).T)
             module.bias.copy_(torch.from_numpy(arrays[f"arr_{i + 1}"]))
         torch.manual_seed(0)
-        return evaluate(model, images, k=k).nll
+        return evaluate(for_evaluation(model, len(images) * k), images, k=k).nll
 
 
 def crossing(curve: list[dict[str, float]], target: float) -> float | None:
@@ -64,9 +67,11 @@ def one_pass(worker: Worker, steps: int, rates: list[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--k", type=int, default=50)
-    parser.add_argument("--passes", type=int, default=60)
-    parser.add_argument("--every", type=int, default=2, help="passes between evaluations")
+    parser.add_argument("--passes", type=int, default=40)
+    parser.add_argument("--rate", type=float, default=3e-3, help="the cycle's highest learning rate")
+    parser.add_argument("--every", type=int, default=4, help="passes between evaluations")
     parser.add_argument("--target", type=float, default=90.0, help="nats")
+    parser.add_argument("--nll-k", type=int, default=5000)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--ours", default="resampled-mixed")
@@ -83,7 +88,7 @@ def main() -> None:
     dataset = load("binarized_mnist", args.data_dir)
     chosen = torch.randperm(len(dataset.test), generator=torch.Generator().manual_seed(0))[: args.images]
     images = dataset.test[chosen]
-    schedule = get_preset("short").with_passes(args.passes)
+    schedule = replace(get_preset("short"), stages=((args.passes, args.rate),))
     source = provenance(args.threads)
     curves: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -108,15 +113,15 @@ def main() -> None:
                     curve.append({"passes": done + 1, "seconds": curve[-1]["seconds"] + one_pass(worker, steps, rates)})
                     if (done + 1) % args.every == 0 or done + 1 == args.passes:
                         worker.ask(f"save {saved}")
-                        curve[-1]["nll"] = nll(saved, images, 500)
+                        curve[-1]["nll"] = nll(saved, images, args.nll_k)
                         print(worker.contestant.name, curve[-1], file=sys.stderr)
+                record = summary(curves, args, source, dataset.checksum)
+                if args.out:
+                    args.out.write_text(json.dumps(record, indent=1) + "\n")
         finally:
             for worker in workers:
                 worker.close()
-    record = summary(curves, args, source, dataset.checksum)
     print(json.dumps({name: row["seconds_to_target"] for name, row in record["contestants"].items()}, indent=1))
-    if args.out:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
     if args.plot:
         plot(record, args.plot)
 
@@ -132,8 +137,8 @@ def summary(curves: dict[str, Any], args: argparse.Namespace, source: dict, chec
             "seconds_to_target": crossing(evaluated, args.target),
             "curve": evaluated,
         }
-    about = {name: getattr(args, name) for name in ("k", "passes", "target", "images")}
-    return {**about, "nll_k": 500, "data_sha256": checksum, "contestants": contestants, "provenance": source}
+    about = {name: getattr(args, name) for name in ("k", "passes", "rate", "target", "images", "nll_k")}
+    return {**about, "data_sha256": checksum, "contestants": contestants, "provenance": source}
 
 
 def plot(record: dict[str, Any], path: Path) -> None:

@@ -10,9 +10,11 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import wraps
 from pathlib import Path
 from typing import Any
+
+import measurements
+from measurements import provenance
 
 from mcobjectives_examples import blocks
 
@@ -56,7 +58,7 @@ def _table(number: str) -> str:
     for rows in found:
         title = render.title(number, rows)
         parts.append(render.markdown(title, rows, findings(rows)))
-        parts.append(_provenance(result for row in rows for result in row.results))
+        parts.append(provenance(result for row in rows for result in row.results))
     if not found:
         parts.append(
             f"{NOT_RUN.capitalize()}. This runs it:\n\n```sh\nmcobj reproduce --table {number} --preset short\n```"
@@ -133,14 +135,6 @@ def _recorded_rows(number: str, folder: Path) -> list[list[Any]]:
         log.warning("table %s: %s", number, error)
         return []
     return [run.rows for run in runs if run.number == number]
-
-
-def _provenance(results: Iterable[dict[str, Any] | None]) -> str:
-    """Versions, machines, commits and dates of results, in a line."""
-    from mcobjectives_examples.render import sources
-
-    found = (result["provenance"] for result in results if result is not None)
-    return f"{sources(found)}\n{{ .generated }}"
 
 
 # The same columns for objectives of one model on one data set.
@@ -221,7 +215,7 @@ def _comparison(rows: Sequence[Any]) -> str:
         (
             blocks.markdown_table(header, lines, right=range(1, 7)),
             f"One stochastic layer; {caption(rows)}. ± is the {error}. Objectives that are missing are not run.",
-            _provenance(result for row in rows for result in row.results),
+            provenance(result for row in rows for result in row.results),
         )
     )
 
@@ -358,288 +352,27 @@ def _option(parameter: Any) -> tuple[str, str, str]:
 # Measurements.
 
 
-def measured(
-    name: str,
-) -> Callable[[Callable[[dict[str, Any]], str]], Callable[[], str]]:
-    """A generator of what a benchmark recorded, from a function of the record; the command where there is none."""
-
-    def of(show: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
-        @wraps(show)
-        def shown() -> str:
-            record = _read(f"{name}.json")
-            command = (
-                f"python benchmarks/{name}.py --out benchmarks/results/{name}.json"
-            )
-            return _not_run(command) if record is None else show(record)
-
-        return shown
-
-    return of
+def _record(benchmark: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{benchmark}.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
-@measured("speed")
-def speed(record: dict[str, Any]) -> str:
-    """Step time and memory of this library, its peers and the bare matrix products."""
-    parts = []
-    for layers, k in dict.fromkeys(
-        (row["layers"], row["k"]) for row in record["rows"]
-    ):
-        rows = sorted(
-            (r for r in record["rows"] if (r["layers"], r["k"]) == (layers, k)),
-            key=lambda r: r["median_ms"],
-        )
-        peers = [r for r in rows if r["kind"] == "peer"]
-        best = peers[0] if peers else None
-        lines = []
-        for row in rows:
-            ratio = (
-                ""
-                if best is None
-                else f"{best['median_ms'] / row['median_ms']:.2f}×"
-            )
-            name = f"**{row['name']}**" if row["kind"] == "ours" else row["name"]
-            quartiles = f"{row['q25_ms']:.1f} to {row['q75_ms']:.1f}"
-            lines.append(
-                (
-                    name,
-                    f"{row['median_ms']:.1f}",
-                    quartiles,
-                    f"{row['peak_mb']:.0f}",
-                    ratio,
-                )
-            )
-        against = f"times as fast as {best['name']}" if best else "ratio"
-        parts.append(
-            f"## {layers} stochastic layer{'s' if layers > 1 else ''}, k = {k}"
-        )
-        parts.append(
-            blocks.markdown_table(
-                ("", "ms a step", "quartiles", "peak MB", against),
-                lines,
-                right=range(1, 5),
-            )
-        )
-    source = record["provenance"]
-    versions = {
-        name: v for row in record["rows"] for name, v in row["versions"].items()
-    }
-    listed = ", ".join(f"{name} {v}" for name, v in sorted(versions.items()))
-    changed = (
-        " with uncommitted changes" if source.get("uncommitted_changes") else ""
-    )
-    where = f"{source['cpu']}, {source['threads']} threads; Python {source['python']}, {listed}"
-    parts.append(
-        f"Recorded on {source['date'][:10]}; {where}; commit {source['commit'][:10]}{changed}.\n{{ .generated }}"
-    )
-    return "\n\n".join(parts)
+def goals() -> str:
+    """The project's own goals of speed and memory."""
+    return measurements.goals(_record)
 
 
-@measured("overhead")
-def overhead(record: dict[str, Any]) -> str:
-    """What the objective's call costs over the same arithmetic by hand."""
-    lines = [
-        (
-            str(row["k"]),
-            f"{row['by_hand_ms']:.2f}",
-            f"{row['objective_ms']:.2f}",
-            f"{row['ratio']:.3f}",
-            f"{row['ratio_of_first_deciles']:.3f}",
-        )
-        for row in record["rows"]
-    ]
-    header = ("k", "by hand, ms", "objective, ms", "ratio", "of first deciles")
-    return (
-        blocks.markdown_table(header, lines, right=range(5))
-        + "\n\n"
-        + _provenance([record])
-    )
+def _measurement(
+    benchmark: str, show: Callable[[dict[str, Any]], str]
+) -> Callable[[], str]:
+    """What a benchmark recorded; the command where there is no record."""
 
+    def shown() -> str:
+        record = _record(benchmark)
+        command = f"python benchmarks/{benchmark}.py --out benchmarks/results/{benchmark}.json"
+        return _not_run(command) if record is None else show(record)
 
-@measured("stacking")
-def stacking(record: dict[str, Any]) -> str:
-    """What training several seeds as one saves."""
-    lines = [
-        (
-            str(row["k"]),
-            f"`{row['precision']}`",
-            f"{row['one_by_one_ms']:.2f}",
-            f"{row['together_ms']:.2f}",
-            f"{row['speedup']:.2f}",
-        )
-        for row in record["rows"]
-    ]
-    members = record["rows"][0]["members"]
-    header = (
-        "k",
-        "precision",
-        f"{members} seeds one by one, ms",
-        "together, ms",
-        "speed-up",
-    )
-    return (
-        blocks.markdown_table(header, lines, right=(0, 2, 3, 4))
-        + "\n\n"
-        + _provenance([record])
-    )
-
-
-@measured("evaluation")
-def evaluation(record: dict[str, Any]) -> str:
-    """What large-k evaluation costs over its bare matrix products."""
-    lines = [
-        (row["name"], f"{row['seconds']:.2f}", f"{row['over_products']:.2f}")
-        for row in record["rows"]
-    ]
-    header = ("", "seconds", "over the products")
-    said = f"IWAE-{record['k']} of {record['images']} images, float32."
-    table = blocks.markdown_table(header, lines, right=range(1, 3))
-    return "\n\n".join((table, said, _provenance([record])))
-
-
-@measured("precision")
-def precision(record: dict[str, Any]) -> str:
-    """What bfloat16 products do to log-weights, normalised weights and the bound."""
-    found = record["errors"]
-    lines = [
-        (
-            f"{found['log_weight_std_within_x']:.3f}",
-            f"{100 * found['total_variation']:.1f} %",
-            f"{found['bound']:+.3f}",
-        )
-    ]
-    header = (
-        "log-weights within an image, std in nats",
-        "normalised weights, total variation",
-        "bound, nats",
-    )
-    table = blocks.markdown_table(header, lines, right=range(3))
-    about = f"k = {found['k']}, effective sample size {found['ess']:.1f}, {found['images']} test images"
-    said = f"IWAE-5 trained for {record['passes']} passes on {record['dataset']}; {about}."
-    return "\n\n".join((table, said, _provenance([record])))
-
-
-@measured("time_to_nll")
-def time_to_nll(record: dict[str, Any]) -> str:
-    """Seconds of training to a test NLL, beside peers."""
-    rows = record["contestants"]
-    reached = {n: r["seconds_to_target"] for n, r in rows.items()}
-    peers = [t for n, t in reached.items() if t and rows[n]["kind"] == "peer"]
-    lines = []
-    for name, seconds in reached.items():
-        last = rows[name]["curve"][-1]
-        shown = "not reached" if seconds is None else f"{seconds:.0f}"
-        ratio = f"{min(peers) / seconds:.2f}×" if peers and seconds else ""
-        lines.append(
-            (
-                name,
-                shown,
-                ratio,
-                f"{last['nll']:.2f}",
-                f"{last['seconds']:.0f}",
-            )
-        )
-    header = (
-        "",
-        f"seconds to {record['target']:g} nats",
-        "times as fast as the fastest peer",
-        f"NLL after {record['passes']} passes",
-        "seconds",
-    )
-    figure = Path("assets/time_to_nll.png")
-    plot = (
-        f"![Test NLL against seconds of training]({figure})"
-        if (ROOT / "docs" / figure).exists()
-        else ""
-    )
-    source = record["provenance"]
-    where = f"{source['cpu']}, {source['threads']} threads; commit {source['commit'][:10]}"
-    said = f"Recorded on {source['date'][:10]}; {where}.\n{{ .generated }}"
-    table = blocks.markdown_table(header, lines, right=range(1, 5))
-    return "\n\n".join(filter(None, (table, plot, said)))
-
-
-@measured("snr")
-def snr(record: dict[str, Any]) -> str:
-    """Slopes of log SNR in log k on Rainforth's toy."""
-    lines = [
-        (
-            f"`{estimator}`",
-            {"theta": "θ (generative)", "phi": "φ (inference)"}[group],
-            f"{fit['slope']:+.2f} ± {fit['stderr']:.2f}".replace("-", "−"),
-        )
-        for estimator, groups in record["slopes"].items()
-        for group, fit in groups.items()
-    ]
-    table = blocks.markdown_table(
-        ("estimator", "parameters", "slope"), lines, right=[2]
-    )
-    figure = Path("assets/snr.png")
-    shown = (
-        f"![SNR of the gradient against k]({figure})"
-        if (ROOT / "docs" / figure).exists()
-        else ""
-    )
-    return "\n\n".join(
-        filter(None, (table, shown, _provenance([{"provenance": record}])))
-    )
-
-
-@measured("memory")
-def memory(record: dict[str, Any]) -> str:
-    """Peak memory of a step at large k in chunks, over one at k = 50."""
-    on_gpu = any("peak_cuda_mb" in row for row in record["rows"])
-    lines = []
-    for row in record["rows"]:
-        cells = [
-            f"`{row['gradient']}`",
-            str(row["k"]),
-            str(row["chunk_size"] or "all"),
-        ]
-        cells += [f"{row['peak_rss_mb']:.0f}", f"{row['over_k50']:.2f}"]
-        lines.append((*cells, f"{row['peak_cuda_mb']:.0f}") if on_gpu else cells)
-    header = [
-        "estimator",
-        "k",
-        "samples at a time",
-        "peak MB",
-        "over k = 50",
-        *(["peak CUDA MB"] if on_gpu else []),
-    ]
-    return (
-        blocks.markdown_table(header, lines, right=range(1, len(header)))
-        + "\n\n"
-        + _provenance([record])
-    )
-
-
-@measured("pyro_step")
-def pyro_speed(record: dict[str, Any]) -> str:
-    """A step of SVI with ObjectiveELBO beside Pyro's own losses."""
-    from mcobjectives_examples.render import short_commit
-
-    lines = []
-    for k, rows in record["k"].items():
-        for name, row in rows.items():
-            quartiles = " to ".join(f"{q:.2f}" for q in row["quartiles_ms"])
-            lines.append(
-                (
-                    k,
-                    name,
-                    f"{row['median_ms']:.2f}",
-                    quartiles,
-                    f"{row['ratio_to_renyi']:.2f}",
-                )
-            )
-    table = blocks.markdown_table(
-        ("k", "loss", "ms a step", "quartiles", "of RenyiELBO's time"),
-        lines,
-        right=range(2, 5),
-    )
-    versions = ", ".join(
-        f"{name} {v}" for name, v in sorted(record["versions"].items())
-    )
-    where = f"{record['cpu']}, {record['threads']} threads; {versions}"
-    return f"{table}\n\nRecorded on {record['date'][:10]}; {where}; commit {short_commit(record['commit'])}.\n{{ .generated }}"
+    return shown
 
 
 def changelog() -> str:
@@ -649,11 +382,6 @@ def changelog() -> str:
 
 def _not_run(command: str, more: str = " ") -> str:
     return f"{NOT_RUN.capitalize()}: `{command}`{more}fills this in."
-
-
-def _read(name: str) -> dict[str, Any] | None:
-    path = RESULTS / name
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _unwrapped(text: str | None) -> str:
@@ -671,15 +399,10 @@ GENERATORS: dict[str, Callable[[], str]] = {
         presets,
         datasets,
         cli,
-        speed,
-        memory,
-        overhead,
-        stacking,
-        evaluation,
-        precision,
-        time_to_nll,
-        snr,
-        pyro_speed,
+        goals,
         changelog,
     )
+} | {
+    name: _measurement(name, show)
+    for name, show in measurements.MEASUREMENTS.items()
 }

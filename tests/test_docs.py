@@ -248,7 +248,9 @@ def generated() -> ModuleType:
     spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(DOCS))  # as mkdocs does for a hook
+        spec.loader.exec_module(module)
     return module
 
 
@@ -261,7 +263,7 @@ def test_every_marker_is_generated():
 def test_what_is_not_recorded_is_said_to_be_not_run(tmp_path):
     hooks = generated()
     hooks.RESULTS = tmp_path
-    for name in ("tables", "evidence", "speed", "memory", "snr", "pyro_speed"):
+    for name in ("tables", "evidence", "speed", "memory", "snr", "parts", "pyro_step"):
         assert "Not run" in hooks.GENERATORS[name](), name
 
 
@@ -333,8 +335,40 @@ def test_speed_is_made_of_a_record(tmp_path):
     ]
     provenance = {"date": "2025-01-02", "cpu": "a processor", "threads": 2, "python": "3.11", "commit": "c0ffee"}
     (tmp_path / "speed.json").write_text(json.dumps({"provenance": provenance, "rows": rows}))
-    shown = hooks.speed()
+    shown = hooks.GENERATORS["speed"]()
     assert "| **exact** | 2.0 | 1.0 to 3.0 | 400 | 2.50× |" in shown and "a processor" in shown
+
+
+def test_goals_are_met_or_missed_by_the_records(tmp_path):
+    hooks = generated()
+    hooks.RESULTS = tmp_path
+    assert all("| not run |" in line for line in hooks.goals().splitlines()[2:])
+    rows = [
+        {"layers": 1, "k": 50, "name": "resampled-mixed", "kind": "ours", "unbiased": True, "median_ms": 10.0},
+        {"layers": 1, "k": 50, "name": "resampled-bf16", "kind": "ours", "unbiased": False, "median_ms": 5.0},
+        {"layers": 1, "k": 50, "name": "exact", "kind": "ours", "unbiased": True, "median_ms": 40.0},
+        {"layers": 1, "k": 50, "name": "pyro", "kind": "peer", "unbiased": True, "median_ms": 70.0},
+        {"layers": 1, "k": 50, "name": "numpyro", "kind": "peer", "unbiased": True, "median_ms": 39.0},
+        {"layers": 2, "k": 50, "name": "numpyro", "kind": "peer", "unbiased": True, "median_ms": 1.0},
+    ]
+    (tmp_path / "speed.json").write_text(json.dumps({"rows": rows}))
+    shown = hooks.goals()
+    assert "| a step, k = 50, over the fastest peer | ≥ 4× | 3.90 | missed |" in shown
+    assert "| the same over pyro | ≥ 6× | 7.00 | met |" in shown
+    assert "| ≥ 1.3× | 0.97 | missed |" in shown and "| the same over pythae | ≥ 6× | not run |" in shown
+
+
+def test_parts_are_made_of_a_record(tmp_path):
+    hooks = generated()
+    hooks.RESULTS = tmp_path
+    row = {"k": 50, "backward_samples": 5, "precision": "mixed", "step_ms": 15.0, "faster": 3.0, "limit": 4.5}
+    rows = [row | {"parts_ms": {"products with a gradient": 3.0, "noise": 1.0}, "peers_ms": {"numpyro": 45.0}}]
+    provenance = {"versions": {"mcobjectives": "0.1.0", "torch": "2.9"}, "commit": None, "date": "2025-01-02"}
+    provenance |= {"machine": {"cpu": "a processor", "threads": 2}}
+    (tmp_path / "parts.json").write_text(json.dumps({"rows": rows, "provenance": provenance}))
+    shown = hooks.GENERATORS["parts"]()
+    assert "| products with a gradient | 3.00 |" in shown and "| `numpyro` | 45.00 |" in shown
+    assert "| the products alone would be | 4.50× |" in shown
 
 
 def test_memory_is_made_of_a_record(tmp_path):
@@ -344,16 +378,16 @@ def test_memory_is_made_of_a_record(tmp_path):
     provenance = {"versions": {"mcobjectives": "0.1.0", "torch": "2.9"}, "commit": None, "date": "2025-01-02"}
     provenance |= {"machine": {"cpu": "a processor", "threads": 2}}
     (tmp_path / "memory.json").write_text(json.dumps({"bar": 1.3, "rows": rows, "provenance": provenance}))
-    assert "| `dreg` | 5000 | 50 | 700 | 1.10 |" in hooks.memory()
+    assert "| `dreg` | 5000 | 50 | 700 | 1.10 |" in hooks.GENERATORS["memory"]()
 
 
-def test_pyro_speed_is_made_of_a_record(tmp_path):
+def test_pyro_step_is_made_of_a_record(tmp_path):
     hooks = generated()
     hooks.RESULTS = tmp_path
     row = {"median_ms": 2.0, "quartiles_ms": [1.5, 2.5], "ratio_to_renyi": 0.8, "first_loss": 540.0}
     record = {"date": "2025-01-02", "cpu": "a processor", "threads": 1, "commit": 40 * "c" + "+changes", "versions": {}}
     (tmp_path / "pyro_step.json").write_text(json.dumps(record | {"k": {"5": {"ObjectiveELBO": row}}}))
-    shown = hooks.pyro_speed()
+    shown = hooks.GENERATORS["pyro_step"]()
     assert "| 5 | ObjectiveELBO | 2.00 | 1.50 to 2.50 | 0.80 |" in shown and "cccccccccc+changes" in shown
 
 

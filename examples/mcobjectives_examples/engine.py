@@ -153,13 +153,13 @@ def _compiled_step(function: Callable[..., Any], vector: nn.Parameter, optimiser
     def step(x: Tensor) -> Tensor:
         with torch.no_grad():
             loss, gradient = compiled(vector.detach(), x)
-            _adam_step(optimiser, vector, gradient)
+            adam_step(optimiser, vector, gradient)
         return loss
 
     return step
 
 
-def _adam_step(optimiser: torch.optim.Optimizer, vector: nn.Parameter, gradient: Tensor) -> None:
+def adam_step(optimiser: torch.optim.Optimizer, vector: nn.Parameter, gradient: Tensor) -> None:
     """`optimiser.step()` without its bookkeeping, which at k = 1 is a sixteenth of a step."""
     [group], state = optimiser.param_groups, optimiser.state[vector]
     if not state:
