@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections import Counter
 from itertools import accumulate
 
 import pytest
@@ -505,6 +506,25 @@ def test_a_step_traced_as_one_graph_is_the_step(trainer, monkeypatch, spec, laye
         parts = torch.autograd.grad(expected, list(run.model.parameters()))
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
         torch.testing.assert_close(gradient, torch.cat([p.flatten() for p in parts]), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_computed_twice_is_computed_once_but_for_noise(monkeypatch):
+    def function(x):
+        once, again = (x + 1).exp(), (x.detach() + 1).exp()
+        other = (x + 1.5).exp() * x.sum(0) + x.sum(1)
+        return once + again + other + torch.randn_like(x) * torch.randn_like(x)
+
+    kept = []
+    monkeypatch.setattr(engine, "inductor_compile", lambda graph, *arguments, **options: kept.append(graph) or graph)
+    x = torch.randn(3, 3)
+    compiled = engine.compile_whole(function, x)
+    counts = Counter(getattr(node.target, "overloadpacket", None) for node in kept[0].graph.nodes)
+    aten = torch.ops.aten
+    assert (counts[aten.exp], counts[aten.sum], counts[aten.randn_like], counts[aten.detach]) == (2, 2, 2, 0)
+    torch.manual_seed(0)
+    expected = function(x)
+    torch.manual_seed(0)
+    assert torch.equal(compiled(x), expected)
 
 
 def test_a_compiled_step_leaves_what_adam_leaves(trainer, monkeypatch):

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._inductor import compile as inductor_compile
-from torch.func import functional_call
+from torch.func import functional_call, functionalize
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim.adam import adam
 
@@ -38,6 +39,7 @@ _SECONDS_TO_COMPILE = 40.0
 _GAIN_OF_COMPILING = 0.3
 _SECONDS_SAVED_PER_SAMPLE = 2e-6
 _STEPS_BEFORE_CAPTURE = 3
+_THE_SAME = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
 
 @dataclass(frozen=True)
@@ -192,14 +194,40 @@ def compile_whole(function: Callable[..., Any], *arguments: Tensor) -> Callable[
     calls must have arguments of these shapes and types. Random numbers come from torch's own generator, and none is
     spent on tracing.
     """
-    with tracing(), generators_at(rng_state()):
-        graph = make_fx(function)(*arguments)
+    graph = functional_graph(function, *arguments)
+    _merge_repeats(graph.graph)
+    graph.recompile()
     for node in graph.graph.nodes:
         node.meta.clear()  # shapes that the trace has found, which the compiler wants to find itself
     compiled = inductor_compile(graph, list(arguments), options={"fallback_random": True})
     with generators_at(rng_state()), torch.no_grad():
         compiled(*arguments)
     return compiled
+
+
+def functional_graph(function: Callable[..., Any], *arguments: Tensor) -> GraphModule:
+    """The function as a graph in which no operation changes a tensor; no random number is spent on tracing."""
+    with tracing(), generators_at(rng_state()):
+        return make_fx(functionalize(make_fx(function)(*arguments)))(*arguments)
+
+
+def is_random(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _merge_repeats(graph: Graph) -> None:
+    """Let what is computed twice from the same inputs be computed once: q's layers, to draw from and for log q."""
+    known: dict[Any, Node] = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or is_random(node):
+            continue
+        if node.target in _THE_SAME:
+            [same] = node.all_input_nodes
+        else:
+            same = known.setdefault((node.target, str(node.args), str(node.kwargs)), node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
 
 
 class CompiledLikelihood:

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functionalize, vmap
+from torch.func import vmap
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from mcobjectives.model import generators_at, rng_state
 from mcobjectives_examples.engine import (
@@ -22,10 +21,11 @@ from mcobjectives_examples.engine import (
     Step,
     choose_engine,
     compile_whole,
+    functional_graph,
+    is_random,
     loss_and_gradient,
     make_step,
     set_precision,
-    tracing,
 )
 from mcobjectives_examples.training import Config, Interrupted, OnStep, Trainer, advance
 
@@ -57,9 +57,8 @@ def noise_apart(function: Callable[..., Any], *arguments: Tensor) -> tuple[Graph
     The noise is drawn in the function's own order, so that a seed gives the same numbers. Raises `ValueError` if the
     distribution of a draw depends on the arguments.
     """
-    with tracing(), generators_at(rng_state()):
-        graph = make_fx(functionalize(make_fx(function)(*arguments)))(*arguments)
-    drawn = [node for node in graph.graph.nodes if _is_random(node)]
+    graph = functional_graph(function, *arguments)
+    drawn = [node for node in graph.graph.nodes if is_random(node)]
     source = _noise_graph(graph.graph, drawn)
     given = [node for node in graph.graph.nodes if node.op == "placeholder"]
     with graph.graph.inserting_after(given[-1]):
@@ -70,10 +69,6 @@ def noise_apart(function: Callable[..., Any], *arguments: Tensor) -> tuple[Graph
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return GraphModule(graph, source), graph
-
-
-def _is_random(node: Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _noise_graph(whole: Graph, drawn: Sequence[Node]) -> Graph:
