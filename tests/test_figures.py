@@ -12,7 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from mcobjectives_examples import checkpoints, drawing, figures, labels
 from mcobjectives_examples.cells import checkpoint_path
 from mcobjectives_examples.checkpoints import CheckpointError
-from mcobjectives_examples.datasets import DATASETS, DataError, load, test_set
+from mcobjectives_examples.datasets import DATASETS, DataError, test_set
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.presets import get_preset
 from mcobjectives_examples.training import Config, Interrupted
@@ -20,11 +20,6 @@ from mcobjectives_examples.training import Config, Interrupted
 CPU = torch.device("cpu")
 TINY = dataclasses.replace(get_preset("smoke"), stages=((1, 2e-3),), batch_size=500)
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load("digits")
 
 
 def configs(number, **options):

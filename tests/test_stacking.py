@@ -7,7 +7,6 @@ import time
 import pytest
 import torch
 
-from mcobjectives_examples.datasets import load
 from mcobjectives_examples.presets import get_preset
 from mcobjectives_examples.stacking import Stack, noise_apart, pays, stacks, train_together
 from mcobjectives_examples.training import Config, Interrupted, Trainer, TrainingError
@@ -15,11 +14,6 @@ from mcobjectives_examples.training import Config, Interrupted, Trainer, Trainin
 CPU = torch.device("cpu")
 # 1500 images in batches of 400: three whole ones and one of 300.
 TINY = dataclasses.replace(get_preset("smoke"), stages=((3, 2e-3),), batch_size=400, nll_k=20)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load("digits")
 
 
 @pytest.fixture

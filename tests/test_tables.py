@@ -436,11 +436,6 @@ def test_json_and_markdown_of_every_table_also_when_nothing_is_run(number):
 # Cells.
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return load("digits")
-
-
 @pytest.fixture
 def config():
     return rows(1, TINY, dataset="digits", cap=2)[3].configs[0]

@@ -18,7 +18,7 @@ import torch
 from mcobjectives import IWAE
 from mcobjectives_examples import checkpoints, engine, training
 from mcobjectives_examples.checkpoints import CheckpointError, OutputError
-from mcobjectives_examples.datasets import DataError, load
+from mcobjectives_examples.datasets import DataError
 from mcobjectives_examples.engine import Engine, choose_engine, make_step
 from mcobjectives_examples.models import reduced_products
 from mcobjectives_examples.presets import PRESETS, capped, configured, get_preset
@@ -27,11 +27,6 @@ from mcobjectives_examples.training import Config, Interrupted, Trainer, Trainin
 CPU = torch.device("cpu")
 # 1500 images in batches of 400: three whole ones and one of 300.
 TINY = dataclasses.replace(get_preset("smoke"), stages=((3, 2e-3),), batch_size=400, nll_k=20)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load("digits")
 
 
 @pytest.fixture
