@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,8 @@ _SECONDS_TO_COMPILE = 40.0
 _GAIN_OF_COMPILING = 0.3
 _SECONDS_SAVED_PER_SAMPLE = 2e-6
 _STEPS_BEFORE_CAPTURE = 3
+# M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h.
+_NEVER_TO_THE_SYSTEM = ((-1, 2**31 - 1), (-4, 0))
 _THE_SAME = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
 
@@ -114,6 +117,18 @@ def loss_and_gradient(objective: Objective, model: nn.Module, precision: str) ->
     return function
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that a step frees, for the next one, until the process ends.
+
+    It hands large blocks back to the system and takes them anew, empty, at every step: up to a third of a step's time.
+    Elsewhere nothing happens.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in _NEVER_TO_THE_SYSTEM:
+            mallopt(parameter, value)
+
+
 def make_step(
     engine: Engine, objective: Objective, model: nn.Module, optimiser: torch.optim.Optimizer, precision: str, x: Tensor
 ) -> tuple[Step, Engine]:
@@ -123,6 +138,7 @@ def make_step(
     where the objective or the model cannot be compiled: the engine then says why.
     """
     set_precision(precision)
+    keep_freed_memory()
     function = loss_and_gradient(objective, model, precision)
     [vector] = optimiser.param_groups[0]["params"]
 
@@ -234,6 +250,7 @@ class CompiledLikelihood:
     """A model to evaluate without gradients, its likelihood compiled: what large-k evaluation spends its time in."""
 
     def __init__(self, model: Any) -> None:
+        keep_freed_memory()
         self.posterior, self.log_prior = model.posterior, model.log_prior
         self.log_likelihood = torch.compile(model.log_likelihood, dynamic=False)
 
