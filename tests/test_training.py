@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import os
+import platform
 import resource
 import signal
 import stat
@@ -538,6 +539,26 @@ def test_a_compiled_step_leaves_what_adam_leaves(trainer, monkeypatch):
         ends.append((run.model.state_dict(), run.optimiser.state_dict()))
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
     assert ends[0][1]["state"][0]["step"] == 3
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+def test_memory_that_a_step_frees_is_kept_for_the_next():
+    script = """
+import resource, torch
+from mcobjectives_examples.engine import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(10_000_000)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 10
+first = faults()
+keep_freed_memory()
+faults()
+print(first, faults())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before > 10 and after == 0
 
 
 def test_what_cannot_be_compiled_is_run_eagerly_and_says_why(trainer, monkeypatch):
