@@ -270,6 +270,17 @@ def provenance(threads: int) -> dict:
     }
 
 
+def kept(path: Path | None, source: dict, asked: set[tuple[int, int]]) -> list[dict]:
+    """What the file holds of other layers and k, if it is of this code and machine: a record may be made in parts."""
+    if path is None or not path.exists():
+        return []
+    record = json.loads(path.read_text())
+    same = ("commit", "uncommitted_changes", "cpu", "threads", "python")
+    if source["uncommitted_changes"] or any(record["provenance"][key] != source[key] for key in same):
+        return []
+    return [row for row in record["rows"] if (row["layers"], row["k"]) not in asked]
+
+
 def choose(kind: str, names: str | None) -> list[Contestant]:
     """None: the usual ones; "all"; "none"; or names with commas between."""
     known = [c for c in CONTESTANTS if c.kind == kind]
@@ -296,7 +307,9 @@ def main() -> None:
     parser.add_argument("--peers", help="names with commas between, all or none (default: all but compiled variants)")
     parser.add_argument("--peers-python", default=str(PEERS_PYTHON), help="interpreter that has the peers")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON and nothing else")
-    parser.add_argument("--out", type=Path, help="write rows and provenance to this file")
+    parser.add_argument(
+        "--out", type=Path, help="write rows and provenance to this file; it keeps those of other layers and k"
+    )
     args = parser.parse_args()
 
     wanted = choose("ours", args.ours) + choose("peer", args.peers) + choose("floor", "all")
@@ -305,7 +318,7 @@ def main() -> None:
     source = provenance(args.threads)
     if source["load_before"] > 0.5:
         messages.print(f"the machine is busy (load {source['load_before']:.1f}): expect noise, more rounds help")
-    rows: list[dict] = []
+    rows = kept(args.out, source, {(layers, k) for layers in args.layers for k in args.k})
     for layers in args.layers:
         for k in args.k:
             measured, failed = measure(layers, k, wanted, pythons, args)
@@ -313,6 +326,7 @@ def main() -> None:
             if not args.json:
                 out.print(table(measured, failed, layers, k))
             if args.out:  # after each, so that a run that is stopped keeps what it has
+                rows.sort(key=lambda row: (row["layers"], row["k"]))
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 args.out.write_text(json.dumps({"provenance": source, "rows": rows}, indent=1) + "\n")
     if args.json:

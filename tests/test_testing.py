@@ -660,6 +660,35 @@ class TwoLayers(Gaussian):
     log_likelihood = log_prior = None
 
 
+class Attaching(TwoLayers):
+    """The same with samples that can be attached again."""
+
+    def posterior(self, x):
+        posterior, (mean, sd) = super().posterior(x), self.moments(x["image"])
+
+        def attach(h):
+            h1 = mean + sd * ((h[0] - mean) / sd).detach()
+            return h1, self.attached(h1, *h)
+
+        posterior.attach = attach
+        return posterior
+
+    def attached(self, attached_h1, h1, h2):
+        mean = self.upper(attached_h1)
+        return mean + (h2 - mean).detach()
+
+
+class AttachesToItself(Attaching):
+    def attached(self, attached_h1, h1, h2):
+        mean = self.upper(h1)
+        return mean + (h2 - mean).detach()
+
+
+class AttachesElsewhere(Attaching):
+    def attached(self, attached_h1, h1, h2):
+        return self.upper(attached_h1) + (h2 - self.upper(h1)).detach() + 0.01
+
+
 class Discrete(Gaussian):
     """Bernoulli latents: no rsample."""
 
@@ -706,10 +735,20 @@ class Bounded(Gaussian):
         return 0 * h.sum(-1)
 
 
-@pytest.mark.parametrize("model", [TwoLayers, Discrete, Wide, Positive, Bounded])
+@pytest.mark.parametrize("model", [TwoLayers, Attaching, Discrete, Wide, Positive, Bounded])
 def test_models_of_other_kinds_conform(x, model):
     torch.manual_seed(0)
-    check_model(model(), {"image": x} if model is TwoLayers else x)
+    check_model(model(), {"image": x} if issubclass(model, TwoLayers) else x)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [(AttachesToItself, r"gradient of posterior.attach\(h\) to encoder"), (AttachesElsewhere, "moves the samples h")],
+)
+def test_samples_that_are_attached_wrongly_are_found(x, model, why):
+    with pytest.raises(ConformanceError, match=why) as raised:
+        check_model(model(), {"image": x})
+    assert raised.value.properties == {"gradients"}
 
 
 @pytest.mark.parametrize(("model", "why"), [(Positive, "bounded"), (Bounded, "bounded")])

@@ -31,8 +31,9 @@ def check_model(model: Any, x: Any, *, k: int = 4, seed: int = 0) -> list[Findin
     """Check what a model promises, on a batch x of its data; returns the findings, or raises `ConformanceError`.
 
     Shapes, finite densities, samples against log q (score identity and normalisation: Monte Carlo with fixed seeds,
-    judged at six standard errors), gradients to every parameter, no leak between data points or samples, k and batch of
-    one, the same numbers for the same seed. It works on a copy: the model and the generator stay as they are.
+    judged at six standard errors), gradients to every parameter, those of `attach` if the posterior has it, no leak
+    between data points or samples, k and batch of one, the same numbers for the same seed. It works on a copy: the
+    model and the generator stay as they are.
 
     Args:
         model: anything with `posterior(x)` and `log_joint(x, h)`, or `log_likelihood` and `log_prior`.
@@ -172,6 +173,33 @@ def gradients(s: _Subject) -> None:
     bad = [name for name, g in found.items() if g is not None and not bool(torch.isfinite(g).all())]
     if bad:
         raise Broken(f"the gradient is NaN or infinite at {', '.join(bad[:8])}")
+    if pathwise and has_methods(s.model.posterior(s.x), "attach"):
+        _attaches(s, parameters)
+
+
+def _attaches(s: _Subject, parameters: dict[str, Tensor]) -> None:
+    """What `posterior.attach` gives are the samples, with the gradient of those that are drawn."""
+    posterior = s.model.posterior(s.x)
+    drawn = posterior.rsample(torch.Size((s.k,)))
+    attached = posterior.attach(pytree.tree_map(Tensor.detach, drawn))
+    grads = []
+    for h in (drawn, attached):
+        torch.manual_seed(s.seed)
+        total = sum((torch.randn_like(part) * part).sum() for part in pytree.tree_leaves(h))
+        grads.append(
+            torch.autograd.grad(total, list(parameters.values()), retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+        )
+    for one, other in zip(pytree.tree_leaves(drawn), pytree.tree_leaves(attached), strict=True):
+        if not _close(one, other).all():
+            raise Broken("posterior.attach(h) moves the samples h")
+    for name, expected, found in zip(parameters, *grads, strict=True):
+        zero = torch.zeros_like(parameters[name])
+        expected, found = zero if expected is None else expected, zero if found is None else found
+        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()) + 1e-6):
+            raise Broken(
+                f"the gradient of posterior.attach(h) to {name} is not that of rsample: "
+                f"{float(found.flatten()[0]):.4g}, expected {float(expected.flatten()[0]):.4g} in its first place"
+            )
 
 
 def _batch(s: _Subject) -> int:
