@@ -194,6 +194,22 @@ def time_to_nll(record: dict[str, Any]) -> str:
     return "\n\n".join(filter(None, (table, plot, said)))
 
 
+def final_nll(record: dict[str, Any]) -> str:
+    """What cheaper steps cost in the NLL after training."""
+    lines = []
+    for row in record["rows"]:
+        mean, stderr = row.get("difference"), row.get("stderr")
+        shown = "" if mean is None else f"{mean:+.3f} ± {stderr:.3f}"
+        lines.append(
+            (row["name"], f"{sum(row['nll']) / len(row['nll']):.2f}", shown)
+        )
+    seeds = len(record["rows"][0]["nll"])
+    header = ("", f"NLL, mean of {seeds} seeds", "difference, nats")
+    table = blocks.markdown_table(header, lines, right=(1, 2))
+    said = f"IWAE-{record['k']}, {record['passes']} passes of {record['dataset']}; ± is the standard error over the seeds."
+    return "\n\n".join((table, said, provenance([record])))
+
+
 def snr(record: dict[str, Any]) -> str:
     """Slopes of log SNR in log k on Rainforth's toy."""
     lines = [
@@ -408,6 +424,7 @@ MEASUREMENTS: dict[str, Callable[[dict[str, Any]], str]] = {
         evaluation,
         precision,
         time_to_nll,
+        final_nll,
         snr,
         memory,
         pyro_step,
