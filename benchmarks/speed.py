@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -159,6 +160,16 @@ def measure(layers: int, k: int, wanted: list[Contestant], pythons: dict[str, st
     alive: list[Worker] = []
     failed: dict[str, str] = {}
 
+    def started(c: Contestant) -> Worker:
+        progress(f"{layers}L k={k}: starting {c.name}")
+        worker = Worker(c, pythons[c.module], layers, k, args.batch, args.threads)
+        try:
+            worker.start()
+        except RuntimeError:
+            worker.close()
+            raise
+        return worker
+
     def attempt(worker: Worker, what: Callable[[], None]) -> None:
         try:
             what()
@@ -168,15 +179,20 @@ def measure(layers: int, k: int, wanted: list[Contestant], pythons: dict[str, st
             worker.close()
 
     try:
+        able = []
         for c in wanted:
             if layers not in c.layers:
                 failed[c.name] = f"has no {layers}L model"
             elif c.module not in pythons:
                 failed[c.name] = f"not installed: {INSTALL if c.kind == 'peer' else 'pip install -e .'}"
             else:
-                progress(f"{layers}L k={k}: starting {c.name}")
-                alive.append(Worker(c, pythons[c.module], layers, k, args.batch, args.threads))
-                attempt(alive[-1], alive[-1].start)
+                able.append(c)
+        with ThreadPoolExecutor(args.threads) as pool:  # imports and compilation are not timed
+            for c, start in [(c, pool.submit(started, c)) for c in able]:
+                try:
+                    alive.append(start.result())
+                except RuntimeError as error:
+                    failed[c.name] = f"failed: {error}"
         for r in range(args.rounds):
             progress(f"{layers}L k={k}: round {r + 1} of {args.rounds}")
             first = r % max(1, len(alive))
