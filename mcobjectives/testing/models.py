@@ -186,9 +186,7 @@ def _attaches(s: _Subject, parameters: dict[str, Tensor]) -> None:
     for h in (drawn, attached):
         torch.manual_seed(s.seed)
         total = sum((torch.randn_like(part) * part).sum() for part in pytree.tree_leaves(h))
-        grads.append(
-            torch.autograd.grad(total, list(parameters.values()), retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
-        )
+        grads.append(torch.autograd.grad(total, list(parameters.values()), retain_graph=True, allow_unused=True))
     for one, other in zip(pytree.tree_leaves(drawn), pytree.tree_leaves(attached), strict=True):
         if not _close(one, other).all():
             raise Broken("posterior.attach(h) moves the samples h")
