@@ -189,7 +189,8 @@ def time_to_nll(record: dict[str, Any]) -> str:
     )
     source = record["provenance"]
     where = f"{source['cpu']}, {source['threads']} threads; commit {source['commit'][:10]}"
-    said = f"Recorded on {source['date'][:10]}; {where}.\n{{ .generated }}"
+    how = f"IWAE-{record['nll_k']} on {record['images']} random test images; one cycle of {record['passes']} passes"
+    said = f"{how}. Recorded on {source['date'][:10]}; {where}.\n{{ .generated }}"
     table = blocks.markdown_table(header, lines, right=range(1, 5))
     return "\n\n".join(filter(None, (table, plot, said)))
 
