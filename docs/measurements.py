@@ -382,9 +382,9 @@ def goals(read: Callable[[str], dict[str, Any] | None]) -> str:
     peers = [seconds for kind, seconds in reached if kind == "peer"]
     ours = [seconds for kind, seconds in reached if kind == "ours"]
     at_least(
-        f"seconds to a test NLL of {race['target']:g}, over the fastest peer",
+        "seconds to a test NLL of 90, over the fastest peer",
         3,
-        min(peers) / min(ours) if peers and ours else None,
+        min(peers) / min(ours) if peers and ours and race["target"] == 90 else None,
     )
     chunked = (read("memory") or {"rows": []})["rows"]
     at_most(
