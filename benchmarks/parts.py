@@ -27,7 +27,7 @@ from torch import Tensor
 from mcobjectives import IWAE
 from mcobjectives.likelihoods import bernoulli_log_likelihood
 from mcobjectives_examples.engine import Engine, adam_step, flat_adam, make_step
-from mcobjectives_examples.models import paper_model
+from mcobjectives_examples.models import Tanh, paper_model
 from mcobjectives_examples.provenance import provenance
 
 BATCH, PIXELS, LATENT = 100, 784, 50
@@ -65,11 +65,12 @@ def likelihood(rows: int, dtype: torch.dtype, gradient: bool) -> Part:
 
 
 def tanh(rows: int, dtype: torch.dtype, gradient: bool) -> Part:
+    layer = Tanh()
     before, slope = torch.randn(2, rows, 200).to(dtype), torch.randn(2, rows, 200)
 
     @torch.compile(dynamic=False)
     def compiled(before: Tensor, slope: Tensor) -> Any:
-        after = 2 * torch.sigmoid(2 * before.float()) - 1
+        after = layer(before.float())
         return (after, slope * (1 - after * after)) if gradient else after.to(before.dtype)
 
     return lambda: compiled(before, slope)
