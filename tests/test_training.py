@@ -523,6 +523,14 @@ def test_what_is_computed_twice_is_computed_once_but_for_noise(monkeypatch):
     assert torch.equal(compiled(x), expected)
 
 
+def test_a_step_that_no_memory_could_hold_can_be_traced(trainer):
+    run = trainer()
+    [vector] = run.optimiser.param_groups[0]["params"]
+    function = engine.loss_and_gradient(run.objective, run.model, "highest")
+    graph = engine.functional_graph(function, vector.detach(), run.pixels[:1].expand(10**9, -1))
+    assert any(engine.is_random(node) for node in graph.graph.nodes)
+
+
 def test_a_compiled_step_leaves_what_adam_leaves(trainer, monkeypatch):
     """The same bits in parameters, moments and count, from the first step or from a checkpoint's, at any rate."""
     monkeypatch.setattr(engine, "compile_whole", lambda function, *arguments: function)
