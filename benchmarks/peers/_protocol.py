@@ -63,7 +63,8 @@ class Settings:
 
         A trained model's log-weights spread by a few nats within an x, and so they do here (effective sample size 3 to
         9 of 50). With Glorot heads on random images they spread by hundreds: the normalised weights are subnormal
-        floats, which PyTorch multiplies several times slower while XLA and TensorFlow flush them to zero.
+        floats, which PyTorch multiplies several times slower while XLA and TensorFlow flush them to zero. With `data`,
+        the pixels' biases begin at the logits of its means.
         """
         rng = np.random.default_rng(1)
 
@@ -77,7 +78,11 @@ class Settings:
             body = [affine(inputs, hidden), affine(hidden, hidden)]
             return body + [affine(hidden, outputs, scale=0.3) for _ in range(heads)]
 
-        return [net(*s) for s in ENCODER[self.layers]], [net(*s) for s in DECODER[self.layers]]
+        encoder, decoder = [net(*s) for s in ENCODER[self.layers]], [net(*s) for s in DECODER[self.layers]]
+        if self.data is not None:
+            means = np.load(self.data).mean(axis=0).clip(0.001, 0.999)
+            decoder[-1][-1][1][:] = np.log(means / (1 - means))
+        return encoder, decoder
 
 
 class Training(NamedTuple):
