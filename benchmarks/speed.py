@@ -324,7 +324,7 @@ def main() -> None:
     parser.add_argument("--peers-python", default=str(PEERS_PYTHON), help="interpreter that has the peers")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON and nothing else")
     parser.add_argument(
-        "--out", type=Path, help="write rows and provenance to this file; it keeps those of other layers and k"
+        "--out", type=Path, help="write rows and provenance here, beside what this commit has of other layers and k"
     )
     args = parser.parse_args()
 
