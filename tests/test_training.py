@@ -523,6 +523,13 @@ def test_what_is_computed_twice_is_computed_once_but_for_noise(monkeypatch):
     assert torch.equal(compiled(x), expected)
 
 
+def test_more_samples_than_memory_could_hold_are_refused_before_a_step(trainer):
+    run = trainer(objective="iwae(k=1_000_000_000)")
+    with pytest.raises(ValueError, match=r"^k=1000000000 needs over \S+ GB a step, of \S+ GB on cpu: take fewer"):
+        run.run()
+    assert run.epoch == run.step == 0
+
+
 def test_a_step_that_no_memory_could_hold_can_be_traced(trainer):
     run = trainer()
     [vector] = run.optimiser.param_groups[0]["params"]

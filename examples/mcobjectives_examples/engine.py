@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -130,14 +131,36 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
+def require_memory(objective: Objective, x: Tensor) -> None:
+    """Raise `ValueError` if all samples of a batch, pixels alone, are more than the device has memory."""
+    size = _memory_of(x.device)
+    needed = (objective.chunk_size or objective.k) * x.numel() * 4
+    if size is not None and needed > size:
+        raise ValueError(
+            f"k={objective.k} needs over {needed / 1e9:,.0f} GB a step, of {size / 1e9:,.0f} GB on {x.device}: "
+            "take fewer samples or a smaller batch"
+        )
+
+
+def _memory_of(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device.type == "cpu" else None
+    except (AttributeError, ValueError):  # where the system does not say
+        return None
+
+
 def make_step(
     engine: Engine, objective: Objective, model: nn.Module, optimiser: torch.optim.Optimizer, precision: str, x: Tensor
 ) -> tuple[Step, Engine]:
     """A function x -> loss that takes one step of an optimiser made by `flat_adam`, and the engine that it came to be.
 
     It is made for batches of the size of this x; another one, a last and smaller batch, is run eagerly. So are all
-    where the objective or the model cannot be compiled: the engine then says why.
+    where the objective or the model cannot be compiled: the engine then says why. Raises `ValueError` where no memory
+    could hold the samples.
     """
+    require_memory(objective, x)
     set_precision(precision)
     keep_freed_memory()
     function = loss_and_gradient(objective, model, precision)
@@ -319,6 +342,7 @@ class _GraphStep:
 def choose_engine(wanted: str, objective: Objective, model: nn.Module, x: Tensor, steps: int) -> Engine:
     """ "auto" is a CUDA graph on a GPU, and compiles on a CPU where that saves more time than it takes."""
     require_engine(wanted)
+    require_memory(objective, x)
     if wanted == "eager":
         return Engine("eager", "as asked")
     if wanted == "cuda-graph" or (wanted == "auto" and x.is_cuda):
