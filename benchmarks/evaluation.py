@@ -16,7 +16,7 @@ import torch
 from parts import DECODER, products
 
 from mcobjectives.evaluation import evaluate
-from mcobjectives_examples.engine import CompiledLikelihood
+from mcobjectives_examples.compiling import CompiledLikelihood
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.provenance import provenance
 

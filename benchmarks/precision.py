@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mcobjectives_examples.cells import test_images
 from mcobjectives_examples.datasets import load
-from mcobjectives_examples.models import PaperModel, reduced_products
+from mcobjectives_examples.models import PaperModel
+from mcobjectives_examples.precision import products
 from mcobjectives_examples.presets import get_preset
 from mcobjectives_examples.provenance import provenance
 from mcobjectives_examples.training import Config, Trainer, canonical
@@ -32,7 +33,7 @@ def errors(model: PaperModel, x: Tensor, k: int) -> dict[str, Any]:
     rest = (model.log_prior(h) - posterior.log_prob(h)).double()
     exact = model.log_likelihood(x, h).double() + rest
     w = exact.softmax(0)
-    with reduced_products("everywhere"):
+    with products("bf16"):
         log_w = model.log_likelihood(x, h).double() + rest
     error = log_w - exact
     return {

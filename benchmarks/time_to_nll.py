@@ -26,8 +26,8 @@ from speed import CONTESTANTS, PEERS_PYTHON, Worker, interpreters, provenance
 from torch import nn
 
 from mcobjectives.evaluation import evaluate
+from mcobjectives_examples.compiling import for_evaluation
 from mcobjectives_examples.datasets import load
-from mcobjectives_examples.engine import for_evaluation
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.presets import get_preset
 

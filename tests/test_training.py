@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from mcobjectives import IWAE
-from mcobjectives_examples import checkpoints, engine, training
+from mcobjectives_examples import checkpoints, compiling, engine, training
 from mcobjectives_examples.checkpoints import CheckpointError, OutputError
 from mcobjectives_examples.datasets import DataError
 from mcobjectives_examples.engine import Engine, choose_engine, make_step
-from mcobjectives_examples.models import reduced_products
+from mcobjectives_examples.precision import products
 from mcobjectives_examples.presets import PRESETS, capped, configured, get_preset
 from mcobjectives_examples.training import Config, Interrupted, Trainer, TrainingError, canonical
 
@@ -488,11 +488,11 @@ def test_only_whole_batches_are_compiled_wherever_a_run_begins(trainer, monkeypa
 )
 def test_a_step_traced_as_one_graph_is_the_step(trainer, monkeypatch, spec, layers):
     """Its loss and gradient are autograd's, and tracing draws no random number."""
-    monkeypatch.setattr(engine, "inductor_compile", lambda graph, *arguments, **options: graph)
+    monkeypatch.setattr(compiling, "inductor_compile", lambda graph, *arguments, **options: graph)
     run = trainer(objective=spec, layers=layers)
     [vector], x = run.optimiser.param_groups[0]["params"], run.pixels[:50]
     state = torch.get_rng_state()
-    graph = engine.compile_whole(engine.loss_and_gradient(run.objective, run.model, "highest"), vector.detach(), x)
+    graph = compiling.compile_whole(engine.loss_and_gradient(run.objective, run.model, "highest"), vector.detach(), x)
     assert torch.equal(torch.get_rng_state(), state)
     for seed in range(2):
         torch.manual_seed(seed)
@@ -511,9 +511,9 @@ def test_what_is_computed_twice_is_computed_once_but_for_noise(monkeypatch):
         return once + again + other + torch.randn_like(x) * torch.randn_like(x)
 
     kept = []
-    monkeypatch.setattr(engine, "inductor_compile", lambda graph, *arguments, **options: kept.append(graph) or graph)
+    monkeypatch.setattr(compiling, "inductor_compile", lambda graph, *arguments, **options: kept.append(graph) or graph)
     x = torch.randn(3, 3)
-    compiled = engine.compile_whole(function, x)
+    compiled = compiling.compile_whole(function, x)
     counts = Counter(getattr(node.target, "overloadpacket", None) for node in kept[0].graph.nodes)
     aten = torch.ops.aten
     assert (counts[aten.exp], counts[aten.sum], counts[aten.randn_like], counts[aten.detach]) == (2, 2, 2, 0)
@@ -534,8 +534,8 @@ def test_a_step_that_no_memory_could_hold_can_be_traced(trainer):
     run = trainer()
     [vector] = run.optimiser.param_groups[0]["params"]
     function = engine.loss_and_gradient(run.objective, run.model, "highest")
-    graph = engine.functional_graph(function, vector.detach(), run.pixels[:1].expand(10**9, -1))
-    assert any(engine.is_random(node) for node in graph.graph.nodes)
+    graph = compiling.functional_graph(function, vector.detach(), run.pixels[:1].expand(10**9, -1))
+    assert any(compiling.is_random(node) for node in graph.graph.nodes)
 
 
 def test_a_compiled_step_leaves_what_adam_leaves(trainer, monkeypatch):
@@ -560,7 +560,7 @@ def test_a_compiled_step_leaves_what_adam_leaves(trainer, monkeypatch):
 def test_memory_that_a_step_frees_is_kept_for_the_next():
     script = """
 import resource, torch
-from mcobjectives_examples.engine import keep_freed_memory
+from mcobjectives_examples.memory import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
@@ -649,9 +649,9 @@ def test_a_capture_that_fails_falls_back_and_says_why(trainer, graphs, monkeypat
 def test_mixed_precision_is_within_its_error(trainer):
     run, objective = trainer(), IWAE(k=50)
     bounds = []
-    for where in ("nowhere", "no gradient"):
+    for precision in ("highest", "mixed"):
         torch.manual_seed(0)
-        with reduced_products(where):
+        with products(precision):
             bounds.append(objective.bound(run.model, run.pixels[:200]))
     error = bounds[1] - bounds[0]
     assert 0 < error.abs().max() < 0.5 and error.mean().abs() < 0.02

@@ -1,34 +1,23 @@
-"""How a training step is executed: operation by operation, compiled as a whole, or as one CUDA graph; how exactly."""
+"""How a training step is executed: operation by operation, compiled as a whole, or as one CUDA graph."""
 
 from __future__ import annotations
 
-import ctypes
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._inductor import compile as inductor_compile
-from torch.func import functional_call, functionalize
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.func import functional_call
 from torch.optim.adam import adam
 
 from mcobjectives.model import generators_at, rng_state
 from mcobjectives.objective import Objective
-from mcobjectives_examples.models import reduced_products
+from mcobjectives_examples.compiling import SECONDS_TO_COMPILE, compile_whole, compiler_failure
+from mcobjectives_examples.memory import keep_freed_memory, require_memory
+from mcobjectives_examples.precision import products, set_precision
 
-PRECISIONS = {
-    "highest": "float32 products",
-    "medium": "TF32 (GPU) or bfloat16 (CPU) inside float32 products, accumulated in float32",
-    "mixed": "medium, and bfloat16 where no gradient is taken (the choice of samples to back-propagate)",
-    "bf16": "bfloat16 products in all networks; log-weights, their sums and the parameters stay float32",
-}
 ENGINES = {
     "eager": "operation by operation",
     "compiled": "forward and backward pass as one compiled function",
@@ -38,13 +27,8 @@ ENGINES = {
 Step = Callable[[Tensor], Tensor]
 """x -> the loss before the step, detached."""
 
-_SECONDS_TO_COMPILE = 40.0
 _GAIN_OF_COMPILING = 0.3
-_SECONDS_SAVED_PER_SAMPLE = 2e-6
 _STEPS_BEFORE_CAPTURE = 3
-# M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h.
-_NEVER_TO_THE_SYSTEM = ((-1, 2**31 - 1), (-4, 0))
-_THE_SAME = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
 
 @dataclass(frozen=True)
@@ -60,13 +44,6 @@ def require_engine(name: str) -> None:
     choices = ("auto", *ENGINES)
     if name not in choices:
         raise ValueError(f"unknown engine {name!r}: choose from {', '.join(choices)}")
-
-
-def set_precision(precision: str) -> None:
-    """Set torch's float32 matrix products as `PRECISIONS` says; raises `ValueError` for another name."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}: choose from {', '.join(PRECISIONS)}")
-    torch.set_float32_matmul_precision("highest" if precision == "highest" else "medium")
 
 
 def flat_adam(model: nn.Module, betas: tuple[float, float], eps: float, rate: float = 1e-3) -> torch.optim.Adam:
@@ -105,50 +82,17 @@ class _LossAndGradient(nn.Module):
 
 def loss_and_gradient(objective: Objective, model: nn.Module, precision: str) -> Callable[[Tensor, Tensor], Any]:
     """A function (vector of all parameters, x) -> (loss, gradient), both detached, of tensor operations alone."""
-    where = {"mixed": "no gradient", "bf16": "everywhere"}.get(precision, "nowhere")
     module = _LossAndGradient(objective, model)
     named = list(module.named_parameters())
 
     def function(vector: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad(), reduced_products(where):
+        with torch.enable_grad(), products(precision):
             vector = vector.detach().requires_grad_()
             parts = vector.split([p.numel() for _, p in named])
             values = {name: part.view_as(p) for (name, p), part in zip(named, parts, strict=True)}
             return functional_call(module, values, (x, vector))
 
     return function
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory that a step frees, for the next one, until the process ends.
-
-    It hands large blocks back to the system and takes them anew, empty, at every step: up to a third of a step's time.
-    Elsewhere nothing happens.
-    """
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in _NEVER_TO_THE_SYSTEM:
-            mallopt(parameter, value)
-
-
-def require_memory(objective: Objective, x: Tensor) -> None:
-    """Raise `ValueError` if all samples of a batch, pixels alone, are more than the device has memory."""
-    size = _memory_of(x.device)
-    needed = (objective.chunk_size or objective.k) * x.numel() * 4
-    if size is not None and needed > size:
-        raise ValueError(
-            f"k={objective.k} needs over {needed / 1e9:,.0f} GB a step, of {size / 1e9:,.0f} GB on {x.device}: "
-            "take fewer samples or a smaller batch"
-        )
-
-
-def _memory_of(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device.type == "cpu" else None
-    except (AttributeError, ValueError):  # where the system does not say
-        return None
 
 
 def make_step(
@@ -227,82 +171,6 @@ def adam_step(optimiser: torch.optim.Optimizer, vector: nn.Parameter, gradient: 
     )
 
 
-def compile_whole(function: Callable[..., Any], *arguments: Tensor) -> Callable[..., Any]:
-    """The function as one graph of tensor operations, its backward pass among them, compiled.
-
-    So traced, there is no autograd and next to no Python left in a step: nor the guards of `torch.compile`, so that all
-    calls must have arguments of these shapes and types. Random numbers come from torch's own generator, and none is
-    spent on tracing.
-    """
-    graph = functional_graph(function, *arguments)
-    _merge_repeats(graph.graph)
-    graph.recompile()
-    for node in graph.graph.nodes:
-        node.meta.clear()  # shapes that the trace has found, which the compiler wants to find itself
-    compiled = inductor_compile(graph, list(arguments), options={"fallback_random": True})
-    with generators_at(rng_state()), torch.no_grad():
-        compiled(*arguments)
-    return compiled
-
-
-def functional_graph(function: Callable[..., Any], *arguments: Tensor) -> GraphModule:
-    """The function as a graph in which no operation changes a tensor; no random number is spent on tracing.
-
-    It is traced without numbers: a trace that computes keeps every tensor of a step, three times the step's own memory.
-    """
-    trace = partial(make_fx, tracing_mode="fake", _allow_non_fake_inputs=True)
-    with tracing(), generators_at(rng_state()):
-        return trace(functionalize(trace(function)(*arguments)))(*arguments)
-
-
-def is_random(node: Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
-def _merge_repeats(graph: Graph) -> None:
-    """Let what is computed twice from the same inputs be computed once: q's layers, to draw from and for log q."""
-    known: dict[Any, Node] = {}
-    for node in graph.nodes:
-        if node.op != "call_function" or is_random(node):
-            continue
-        if node.target in _THE_SAME:
-            [same] = node.all_input_nodes
-        else:
-            same = known.setdefault((node.target, str(node.args), str(node.kwargs)), node)
-        if same is not node:
-            node.replace_all_uses_with(same)
-            graph.erase_node(node)
-
-
-class CompiledLikelihood:
-    """A model to evaluate without gradients, its likelihood compiled: what large-k evaluation spends its time in."""
-
-    def __init__(self, model: Any) -> None:
-        keep_freed_memory()
-        self.posterior, self.log_prior = model.posterior, model.log_prior
-        self.log_likelihood = torch.compile(model.log_likelihood, dynamic=False)
-
-
-def for_evaluation(model: nn.Module, samples: int) -> Any:
-    """The model, with its likelihood compiled where so many samples of log p(x, h) make up for it, on a CPU."""
-    device = next(model.parameters()).device
-    pays = device.type == "cpu" and samples * _SECONDS_SAVED_PER_SAMPLE > 2 * _SECONDS_TO_COMPILE
-    if not pays or compiler_failure(device):
-        return model
-    return CompiledLikelihood(model)
-
-
-@contextmanager
-def tracing() -> Iterator[None]:
-    # As torch.export does: `torch.compiler.is_compiling()` holds, so that nobody looks at the numbers.
-    before = torch.compiler._is_compiling_flag
-    torch.compiler._is_compiling_flag = True
-    try:
-        yield
-    finally:
-        torch.compiler._is_compiling_flag = before
-
-
 class _GraphStep:
     """An eager step as one CUDA graph, replayed without the host.
 
@@ -363,7 +231,7 @@ def choose_engine(wanted: str, objective: Objective, model: nn.Module, x: Tensor
             elapsed.append(time.perf_counter() - began)
     model.zero_grad(set_to_none=True)
     saved = min(elapsed) * steps * _GAIN_OF_COMPILING
-    if saved < 2 * _SECONDS_TO_COMPILE:
+    if saved < 2 * SECONDS_TO_COMPILE:
         return Engine("eager", "the run is too short for compiling to pay")
     return _compiled("saves more than compiling takes", objective, x.device)
 
@@ -373,16 +241,3 @@ def _compiled(why: str, objective: Objective, device: torch.device) -> Engine:
         return Engine("eager", "chunk_size draws random numbers again, which a compiled step cannot")
     failure = compiler_failure(device)
     return Engine("eager", f"no working compiler ({failure})") if failure else Engine("compiled", why)
-
-
-def compiler_failure(device: torch.device) -> str:
-    """Why nothing can be compiled, empty if it can."""
-    try:
-        torch.compile(_probe)(torch.ones(2, device=device))
-    except Exception as error:  # any failure of a compiler means: do without
-        return type(error).__name__
-    return ""
-
-
-def _probe(x: Tensor) -> Tensor:
-    return x.sin() + 1

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.distributions import Independent, Normal
 
 from mcobjectives.likelihoods import bernoulli_log_likelihood
 from mcobjectives_examples.paper import paper
+from mcobjectives_examples.precision import in_bfloat16
 
 _LEAST_STD = 1e-6
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
@@ -24,24 +24,6 @@ def gaussian_log_prob(h: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (-0.5 * z * z - std.log()).sum(-1) - _HALF_LOG_TWO_PI * h.shape[-1]
 
 
-_bfloat16_where = "nowhere"
-
-
-@contextmanager
-def reduced_products(where: str) -> Iterator[None]:
-    """Inside, networks multiply in bfloat16 "everywhere", or where "no gradient" is recorded; the rest is float32."""
-    global _bfloat16_where
-    before, _bfloat16_where = _bfloat16_where, where
-    try:
-        yield
-    finally:
-        _bfloat16_where = before
-
-
-def _in_bfloat16() -> bool:
-    return _bfloat16_where == "everywhere" or (_bfloat16_where == "no gradient" and not torch.is_grad_enabled())
-
-
 class Affine(nn.Linear):
     """A linear layer that adds its bias, in float32, after the product: torch's copies it over the whole result first.
 
@@ -49,7 +31,7 @@ class Affine(nn.Linear):
     """
 
     def forward(self, given: Tensor) -> Tensor:
-        if _in_bfloat16():
+        if in_bfloat16():
             return nn.functional.linear(given.bfloat16(), self.weight.bfloat16()).float() + self.bias
         if torch.compiler.is_compiling():
             return nn.functional.linear(given, self.weight) + self.bias

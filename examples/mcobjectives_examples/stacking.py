@@ -16,17 +16,15 @@ from torch.func import vmap
 from torch.fx import Graph, GraphModule, Node
 
 from mcobjectives.model import generators_at, rng_state
+from mcobjectives_examples.compiling import compile_whole, functional_graph, is_random
 from mcobjectives_examples.engine import (
     Engine,
     Step,
     choose_engine,
-    compile_whole,
-    functional_graph,
-    is_random,
     loss_and_gradient,
     make_step,
-    set_precision,
 )
+from mcobjectives_examples.precision import set_precision
 from mcobjectives_examples.training import Config, Interrupted, OnStep, Trainer, advance
 
 _SHAPE_OF_ANOTHER = {
