@@ -26,7 +26,7 @@ from speed import CONTESTANTS, PEERS_PYTHON, Worker, interpreters, provenance
 from torch import nn
 
 from mcobjectives.evaluation import evaluate
-from mcobjectives_examples.compiling import for_evaluation
+from mcobjectives_examples.compiling import CompiledLikelihood
 from mcobjectives_examples.datasets import load
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.presets import get_preset
@@ -34,17 +34,23 @@ from mcobjectives_examples.presets import get_preset
 STEPS_BETWEEN_RATES = 25
 
 
-def nll(parameters: Path, images: torch.Tensor, k: int) -> float:
-    """The NLL of parameters that a worker saved."""
-    model = paper_model(1, torch.full((784,), 0.5))
-    arrays = np.load(parameters)
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    with torch.no_grad():
+class Judge:
+    """The NLL of parameters that a worker saved: IWAE-k in float32 on the same images with the same random numbers."""
+
+    def __init__(self, images: torch.Tensor, k: int) -> None:
+        self.images, self.k = images, k
+        self.model = paper_model(1, torch.full((784,), 0.5)).requires_grad_(False)
+        self.compiled = CompiledLikelihood(self.model)
+
+    def nll(self, parameters: Path) -> float:
+        arrays = np.load(parameters)
+        linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
         for module, i in zip(linear, range(0, 2 * len(linear), 2), strict=True):
             module.weight.copy_(torch.from_numpy(arrays[f"arr_{i}"]).T)
             module.bias.copy_(torch.from_numpy(arrays[f"arr_{i + 1}"]))
         torch.manual_seed(0)
-        return evaluate(for_evaluation(model, len(images) * k), images, k=k).nll
+        with torch.no_grad():
+            return evaluate(self.compiled, self.images, k=self.k).nll
 
 
 def crossing(curve: list[dict[str, float]], target: float) -> float | None:
@@ -87,7 +93,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     dataset = load("binarized_mnist", args.data_dir)
     chosen = torch.randperm(len(dataset.test), generator=torch.Generator().manual_seed(0))[: args.images]
-    images = dataset.test[chosen]
+    judge = Judge(dataset.test[chosen], args.nll_k)
     schedule = replace(get_preset("short"), stages=((args.passes, args.rate),))
     source = provenance(args.threads)
     curves: dict[str, list[dict[str, float]]] = {}
@@ -113,8 +119,8 @@ def main() -> None:
                     curve.append({"passes": done + 1, "seconds": curve[-1]["seconds"] + one_pass(worker, steps, rates)})
                     if (done + 1) % args.every == 0 or done + 1 == args.passes:
                         worker.ask(f"save {saved}")
-                        curve[-1]["nll"] = nll(saved, images, args.nll_k)
-                        print(worker.contestant.name, curve[-1], file=sys.stderr)
+                        curve[-1]["nll"] = judge.nll(saved)
+                        print(worker.contestant.name, curve[-1], file=sys.stderr, flush=True)
                 record = summary(curves, args, source, dataset.checksum)
                 if args.out:
                     args.out.write_text(json.dumps(record, indent=1) + "\n")
