@@ -17,7 +17,7 @@ from mcobjectives_examples import checkpoints
 from mcobjectives_examples.compiling import for_evaluation
 from mcobjectives_examples.datasets import Dataset, test_set
 from mcobjectives_examples.models import PaperModel
-from mcobjectives_examples.precision import products, set_precision
+from mcobjectives_examples.precision import set_precision
 from mcobjectives_examples.presets import Preset
 from mcobjectives_examples.provenance import provenance
 from mcobjectives_examples.pruning import pruned
@@ -133,7 +133,7 @@ def evaluate_model(
     """
     device = next(model.parameters()).device
     images = images.to(device)
-    set_precision(preset.nll_precision)
+    set_precision("highest")
     torch.manual_seed(EVALUATION_SEED)
     model.eval()
 
@@ -147,12 +147,10 @@ def evaluate_model(
 
     with torch.no_grad():
         fast = for_evaluation(model, preset.nll_k * len(images))
-        with products(preset.nll_precision):
-            evaluation = evaluate(fast, images, k=preset.nll_k, progress=progress("evaluate", len(images)))
+        evaluation = evaluate(fast, images, k=preset.nll_k, progress=progress("evaluate", len(images)))
         layers = layer_activity(model, images)
         n = min(PRUNED_IMAGES, math.ceil(len(images) / 4))
-        with products(preset.nll_precision):  # as the whole model's, whose numbers it is set beside
-            pruning = evaluate_pruned(model, images, layers, evaluation, n, progress("evaluate pruned", n))
+        pruning = evaluate_pruned(model, images, layers, evaluation, n, progress("evaluate pruned", n))
         error = reconstruction_error(model, images)
     return evaluation.to_dict() | {
         "active_units": [layer.active for layer in layers],

@@ -21,7 +21,7 @@ class Preset:
     `stages` are (passes, learning rate); with `one_cycle` the one stage's rate is the peak of a warm-up over the first
     tenth and a cosine down to zero. `binarisation` overrides the data set's own choice. `backward_samples` is how many
     of an objective's samples are back-propagated, None for all. `nll_k` samples estimate log p(x) at the end, on all
-    test images or on a random `test_images` of them; `precision` is that of training, `nll_precision` of this.
+    test images or on a random `test_images` of them, in float32; `precision` is that of training.
     """
 
     name: str
@@ -35,7 +35,6 @@ class Preset:
     backward_samples: int | None = None
     precision: str = "highest"
     nll_k: int = 5000
-    nll_precision: str = "highest"
     test_images: int | None = None
 
     @property

@@ -136,7 +136,7 @@ def caption(table_rows: Sequence[Row]) -> str:
     if not table_rows[0].on_papers_data:
         parts.append("not the paper's data set: no differences")
     if preset.precision != "highest":
-        parts.append(f"precision {preset.precision} in training, {preset.nll_precision} in the NLL")
+        parts.append(f"precision {preset.precision} in training")
     return "; ".join(parts + ([data] if data else []))
 
 
