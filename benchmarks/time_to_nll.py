@@ -73,9 +73,9 @@ def one_pass(worker: Worker, steps: int, rates: list[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--k", type=int, default=50)
-    parser.add_argument("--passes", type=int, default=40)
+    parser.add_argument("--passes", type=int, default=44)
     parser.add_argument("--rate", type=float, default=3e-3, help="the cycle's highest learning rate")
-    parser.add_argument("--every", type=int, default=4, help="passes between evaluations")
+    parser.add_argument("--every", type=int, default=5, help="passes between evaluations")
     parser.add_argument("--target", type=float, default=90.0, help="nats")
     parser.add_argument("--nll-k", type=int, default=5000)
     parser.add_argument("--images", type=int, default=1000)
