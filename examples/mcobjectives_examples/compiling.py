@@ -46,7 +46,7 @@ def functional_graph(function: Callable[..., Any], *arguments: Tensor) -> GraphM
     It is traced without numbers: a trace that computes keeps every tensor of a step, three times the step's own memory.
     """
     trace = partial(make_fx, tracing_mode="fake", _allow_non_fake_inputs=True)
-    with tracing(), generators_at(rng_state()):
+    with _tracing(), generators_at(rng_state()):
         return trace(functionalize(trace(function)(*arguments)))(*arguments)
 
 
@@ -70,7 +70,7 @@ def _merge_repeats(graph: Graph) -> None:
 
 
 @contextmanager
-def tracing() -> Iterator[None]:
+def _tracing() -> Iterator[None]:
     # As torch.export does: `torch.compiler.is_compiling()` holds, so that nobody looks at the numbers.
     before = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = True
