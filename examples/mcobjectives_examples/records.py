@@ -12,7 +12,7 @@ from mcobjectives.specs import parse_objective
 from mcobjectives_examples import checkpoints
 from mcobjectives_examples.paper import paper, table
 from mcobjectives_examples.presets import Preset
-from mcobjectives_examples.tables import Row, rows
+from mcobjectives_examples.tables import Row, filled, rows
 from mcobjectives_examples.training import Config
 
 Records = dict[Config, dict[str, Any]]
@@ -84,26 +84,15 @@ def _rows(number: str, like: Config, records: Records) -> list[Row]:
     alike = [c for c in records if (c.dataset, c.binarisation) == (like.dataset, like.binarisation)]
     seeds = sorted({c.seed for c in alike})
     ks = {int(found[1]) for c in alike if c.preset == like.preset and (found := _PLAIN.fullmatch(c.objective))}
-    attempts = [_with(records, number, like, seeds, cap) for cap in (None, *sorted(ks - _papers_ks()))]
-    most = max(attempts, key=lambda attempt: sum(bool(row.values("nll")) for row in attempt))
+    attempts = [(cap, _with(records, number, like, seeds, cap)) for cap in (None, *sorted(ks - _papers_ks()))]
+    cap, most = max(attempts, key=lambda attempt: sum(bool(row.values("nll")) for row in attempt[1]))
     used = [seed for i, seed in enumerate(seeds) if any(row.results[i] is not None for row in most)]
-    index = [seeds.index(seed) for seed in used]
-    return [
-        replace(
-            row,
-            configs=tuple(row.configs[i] for i in index),
-            first_stages=tuple(row.first_stages[i] for i in index if row.first_stages),
-            results=tuple(row.results[i] for i in index),
-        )
-        for row in most
-        if index
-    ]
+    return _with(records, number, like, used, cap) if used else []
 
 
 def _with(records: Records, number: str, like: Config, seeds: Sequence[int], cap: int | None) -> list[Row]:
     options = {"dataset": like.dataset, "binarisation": like.binarisation, "seeds": seeds, "cap": cap}
-    grid = rows(number, like.preset, **options)  # type: ignore[arg-type]
-    return [replace(row, results=tuple(records.get(config) for config in row.configs)) for row in grid]
+    return filled(rows(number, like.preset, **options), records.get)  # type: ignore[arg-type]
 
 
 def _papers_ks() -> set[int]:

@@ -149,9 +149,14 @@ def configurations(table_rows: Sequence[Row]) -> list[Config]:
 
 def with_results(table_rows: Sequence[Row], out: Path, data_sha256: str | None = None) -> list[Row]:
     """The rows with what is recorded in a folder."""
+    return filled(table_rows, lambda config: recorded(out, config, data_sha256))
+
+
+def filled(table_rows: Sequence[Row], result: Callable[[Config], dict[str, Any] | None]) -> list[Row]:
+    """The rows with the results of their configurations, of their first stages, and of the cells beside them."""
 
     def found(configs: Sequence[Config]) -> tuple[dict[str, Any] | None, ...]:
-        return tuple(recorded(out, config, data_sha256) for config in configs)
+        return tuple(map(result, configs))
 
     beside = tuple(replace(row, results=found(row.configs)) for row in (table_rows[0].beside if table_rows else ()))
     return [
