@@ -247,6 +247,14 @@ def test_a_cap_on_k_and_other_data_are_found_out(tmp_path):
     assert "BGS16 " not in page.text.replace("BGS16 active", "")  # no curve of theirs beside ours
 
 
+def test_a_data_set_with_a_table_of_its_own_is_not_shown_under_another(tmp_path):
+    for config in configurations(rows(4, SHORT)):
+        record(tmp_path, config)
+    assert [run.number for run in records.table_runs(records.read(tmp_path))] == ["4"]
+    record(tmp_path, Config("fashion_mnist", "once", 1, "vae(k=5)", SHORT))  # this one table 4 does not have
+    assert [run.number for run in records.table_runs(records.read(tmp_path))] == ["1", "4"]
+
+
 def test_k_that_the_paper_has_is_no_cap(tmp_path):
     for k in (1, 5):
         record(tmp_path, Config("digits", "once", 1, f"vae(k={k})", get_preset("smoke")))

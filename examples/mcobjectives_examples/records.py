@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +55,24 @@ def _same_protocol(preset: Preset) -> Preset:
 def table_runs(records: Records) -> list[TableRun]:
     """The paper's tables, in their order, of which anything is recorded.
 
-    On another data set than its own a table is made only of what no table before it shows. A cap on k is taken from
-    the results: such a k is none of the paper's.
+    On another data set than its own a table is made only of what no other shows: neither the data set's own tables nor
+    a table before it. A cap on k is taken from the results: such a k is none of the paper's.
     """
+
+    def foreign(pair: tuple[str, Config]) -> bool:
+        number, group = pair
+        return group.dataset != table(number)["dataset"]
+
+    numbers = list(paper()["tables"])
     runs = []
     shown: set[Config] = set()
-    for number in paper()["tables"]:
-        for group in _protocols(records):
-            found = _rows(number, group, records)
-            recorded = {c for row in found for c in row.configs if c in records}
-            own = group.dataset == table(number)["dataset"]
-            if recorded and (own or not recorded <= shown):
-                runs.append(TableRun(number, found))
-                shown |= recorded
-    return runs
+    for number, group in sorted(product(numbers, _protocols(records)), key=foreign):
+        found = _rows(number, group, records)
+        recorded = {c for row in found for c in row.configs if c in records}
+        if recorded and not (foreign((number, group)) and recorded <= shown):
+            runs.append(TableRun(number, found))
+            shown |= recorded
+    return sorted(runs, key=lambda run: numbers.index(run.number))
 
 
 def _protocols(records: Records) -> list[Config]:
