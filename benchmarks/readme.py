@@ -9,16 +9,16 @@ from pathlib import Path
 from mcobjectives_examples import render
 from mcobjectives_examples.findings import findings
 from mcobjectives_examples.paper import table
-from mcobjectives_examples.presets import get_preset
-from mcobjectives_examples.tables import rows, with_results
+from mcobjectives_examples.records import read, table_runs
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
 def table_1() -> str:
-    """The 1L rows of table 1 at preset `short`, from benchmarks/results/short."""
-    done = with_results(rows(1, get_preset("short"), layers=[1]), RESULTS / "short")
+    """The 1L rows of table 1 at preset `short`, with the seeds that benchmarks/results/short has."""
+    [run] = [run for run in table_runs(read(RESULTS / "short")) if run.number == "1"]
+    done = [row for row in run.rows if row.layers == 1]
     return render.markdown(f"Table 1: {table(1)['title']}", done, findings(done))
 
 
