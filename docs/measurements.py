@@ -122,6 +122,26 @@ def stacking(record: dict[str, Any]) -> str:
     )
 
 
+def side_by_side(record: dict[str, Any]) -> str:
+    """What cells beside each other save."""
+    lines = [
+        (
+            str(row["k"]),
+            f"{row['in_turn_seconds']:.1f}",
+            f"{row['beside_seconds']:.1f}",
+            f"{row['speedup']:.2f}",
+        )
+        for row in record["rows"]
+    ]
+    jobs = record["rows"][0]["jobs"]
+    header = ("k", f"{jobs} cells in turn, s", "side by side, s", "speed-up")
+    return (
+        blocks.markdown_table(header, lines, right=range(4))
+        + "\n\n"
+        + provenance([record])
+    )
+
+
 def evaluation(record: dict[str, Any]) -> str:
     """What large-k evaluation costs over its bare matrix products."""
     lines = [
@@ -422,6 +442,7 @@ MEASUREMENTS: dict[str, Callable[[dict[str, Any]], str]] = {
         parts,
         overhead,
         stacking,
+        side_by_side,
         evaluation,
         precision,
         time_to_nll,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,14 @@ from mcobjectives_examples.cells import (
 from mcobjectives_examples.datasets import Dataset, load
 from mcobjectives_examples.engine import require_engine
 from mcobjectives_examples.findings import findings
+from mcobjectives_examples.logs import Log, require_tensorboard, tensorboard_log
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.paper import paper
 from mcobjectives_examples.presets import Preset
+from mcobjectives_examples.side_by_side import Place, run_side_by_side
 from mcobjectives_examples.stacking import pays, stacks, train_together
 from mcobjectives_examples.tables import Row, configurations, estimate_seconds, protocols, rows, with_results
-from mcobjectives_examples.training import Config, Interrupted, pick_device
-
-Log = Callable[[str, float, int], None]
+from mcobjectives_examples.training import Config, Interrupted, Progress, pick_device
 
 
 def reproduce_tables(
@@ -53,10 +54,13 @@ def reproduce_tables(
     run: bool,
     form: str,
     stack: bool = False,
+    jobs: int = 1,
     tensorboard: Path | None = None,
 ) -> None:
     """Run and print a table, or all of them (as JSON: one object, or a list of them)."""
-    chosen_device = pick_device(device)
+    if stack and jobs > 1:
+        raise ValueError("--stack trains cells as one model and --jobs in processes of their own: give one of them")
+    place = Place(out, pick_device(device), data_dir, engine, tensorboard)
     require_engine(engine)
     grids = []
     for n in list(paper()["tables"]) if number == "all" else [number]:
@@ -74,15 +78,7 @@ def reproduce_tables(
         if run:
             loaded = load(grid_rows[0].configs[0].dataset, data_dir, download=download)
             checksum = loaded.checksum
-            run_all(
-                configurations(grid_rows),
-                loaded,
-                out,
-                chosen_device,
-                engine=engine,
-                stack=stack,
-                tensorboard=tensorboard,
-            )
+            run_all(configurations(grid_rows), loaded, place, jobs=jobs, stack=stack)
         done = with_results(grid_rows, out, checksum)
         if form == "json":
             records.append(render.as_json(title, done, findings(done)))
@@ -93,23 +89,17 @@ def reproduce_tables(
 
 
 def run_all(
-    configs: Sequence[Config],
-    dataset: Dataset,
-    out: Path,
-    device: torch.device,
-    *,
-    engine: str,
-    stack: bool = False,
-    tensorboard: Path | None = None,
+    configs: Sequence[Config], dataset: Dataset, place: Place, *, jobs: int = 1, stack: bool = False
 ) -> list[dict[str, Any]]:
     """The results of all configurations, with bars; Ctrl-C writes a checkpoint and exits with 130.
 
-    With `stack`, those that differ in seed or binarisation alone are trained together, where that pays.
+    With `stack`, those that differ in seed or binarisation alone are trained together, where that pays. With `jobs`
+    above one, so many are at work at once.
     """
-    require_tensorboard(tensorboard)
-    missing = [config for config in configs if recorded(out, config, dataset.checksum) is None]
+    require_tensorboard(place.tensorboard)
+    missing = [config for config in configs if recorded(place.out, config, dataset.checksum) is None]
     if missing:
-        _announce(missing, dataset, device)
+        _announce(missing, dataset, place.device)
     noted: set[str] = set()
 
     def note(text: str) -> None:
@@ -117,36 +107,62 @@ def run_all(
             errors.print(text)
         noted.add(text)
 
-    results = []
     with interruptible() as stop, progress() as bars:
-        whole = bars.add_task("cells", total=len(configs), unit="cells")
-        bar = CellBar(bars)
-        together = _stacks(missing, device) if stack else {}
-        for config in configs:
-            bar.start(f"{config.layers}L {config.objective}")
-            hooks: dict[str, Any] = {"on_progress": bar.update, "stop": stop, "note": note}
-            try:
-                with ExitStack() as logs:
+        whole = bars.add_task("cells", total=len(configs), completed=len(configs) - len(missing), unit="cells")
+        cells = {config: CellBar(bars, f"{config.layers}L {config.objective} seed {config.seed}") for config in missing}
 
-                    def log_of(config: Config) -> Log | None:
-                        folder = tensorboard if config in missing else None
-                        return logs.enter_context(tensorboard_log(folder, config.name))
+        def on_progress(config: Config, what: str, done: float, total: float) -> None:
+            cells[config].update(what, done, total)
 
-                    if config in together:
-                        group = together[config]
-                        options: dict[str, Any] = {"engine": engine, "note": note}
-                        trainers = [trainer_of(c, dataset, out, device, log=log_of(c), **options) for c in group]
-                        train_together(trainers, lambda p: bar.update("train", p.done, p.passes), stop)
-                    result = run_cell(config, dataset, out, device, engine=engine, log=log_of(config), **hooks)
-            except Interrupted:
-                errors.print(
-                    f"interrupted: the checkpoint is in {out}; the same command goes on from there", markup=False
-                )
-                raise typer.Exit(130) from None
-            results.append(result)
+        def on_done(config: Config) -> None:
+            cells[config].close()
             bars.advance(whole)
-        bar.close()
-    return results
+
+        hooks: dict[str, Any] = {"on_progress": on_progress, "on_done": on_done, "stop": stop, "note": note}
+        try:
+            if jobs > 1:
+                run_side_by_side(missing, place, jobs, **hooks)
+            else:
+                _run_in_turn(missing, dataset, place, _stacks(missing, place.device) if stack else {}, **hooks)
+        except Interrupted:
+            errors.print(
+                f"interrupted: the checkpoint is in {place.out}; the same command goes on from there", markup=False
+            )
+            raise typer.Exit(130) from None
+    return [result for config in configs if (result := recorded(place.out, config, dataset.checksum)) is not None]
+
+
+def _run_in_turn(
+    configs: Sequence[Config],
+    dataset: Dataset,
+    place: Place,
+    together: dict[Config, list[Config]],
+    *,
+    on_progress: Callable[[Config, str, float, float], None],
+    on_done: Callable[[Config], None],
+    stop: Callable[[], bool],
+    note: Callable[[str], None],
+) -> None:
+    options: dict[str, Any] = {"engine": place.engine, "note": note}
+    for config in configs:
+        update = partial(on_progress, config)
+        with ExitStack() as logs:
+
+            def log_of(config: Config) -> Log | None:
+                return logs.enter_context(tensorboard_log(place.tensorboard, config.name))
+
+            if config in together:
+                trainers = [
+                    trainer_of(c, dataset, place.out, place.device, log=log_of(c), **options) for c in together[config]
+                ]
+                train_together(trainers, _passes(update), stop)
+            log = log_of(config)
+            run_cell(config, dataset, place.out, place.device, log=log, on_progress=update, stop=stop, **options)
+        on_done(config)
+
+
+def _passes(update: Callable[[str, float, float], None]) -> Callable[[Progress], None]:
+    return lambda progress: update("train", progress.done, progress.passes)
 
 
 def _stacks(configs: Sequence[Config], device: torch.device) -> dict[Config, list[Config]]:
@@ -219,8 +235,7 @@ def evaluate_checkpoint(
     if passes < config.preset.passes:
         errors.print(f"not trained to its end: {passes} of {render.counted(config.preset.passes, 'pass')}")
     with interruptible("after this batch") as stop, progress() as bars:
-        bar = CellBar(bars)
-        bar.start(config.name)
+        bar = CellBar(bars, config.name)
         try:
             metrics = evaluate_model(model, test_images(dataset, config), config.preset, bar.update, stop)
         except Interrupted:
@@ -255,9 +270,8 @@ def draw_figure(
         _announce([replace(c, preset=replace(c.preset, nll_k=1)) for c in missing], loaded, chosen_device)
     models = []
     with interruptible() as stop, progress() as bars:
-        bar = CellBar(bars)
         for config in configs:
-            bar.start(config.name)
+            bar = CellBar(bars, config.name)
             try:
                 models.append(
                     figures.trained(
@@ -269,7 +283,7 @@ def draw_figure(
                 raise typer.Exit(130) from None
             except checkpoints.CheckpointError as error:
                 raise checkpoints.CheckpointError(str(error).replace("--out", "--runs")) from error
-        bar.close()
+            bar.close()
     content = figures.content(number, configs, models, loaded, data_dir)
     record = drawing.save(out, content, configs, loaded)
     if as_json:
@@ -277,36 +291,3 @@ def draw_figure(
     else:
         console.print(f"{content.title}. {content.caption}", markup=False, highlight=False)
         console.print(f"Wrote {out}.", markup=False, highlight=False, soft_wrap=True)
-
-
-def require_tensorboard(folder: Path | None) -> None:
-    """Raise before any work if TensorBoard logs are wanted and cannot be written."""
-    if folder is None:
-        return
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError as error:
-        raise ImportError('--tensorboard needs: pip install "mcobjectives[tensorboard]"') from error
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise checkpoints.OutputError(
-            f"cannot write TensorBoard logs to {folder}: {error}: choose another --tensorboard"
-        ) from error
-
-
-@contextmanager
-def tensorboard_log(folder: Path | None, name: str) -> Iterator[Log | None]:
-    """A function (statistic, value, pass) that writes to the run's own folder in TensorBoard's, or None."""
-    if folder is None:
-        yield None
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(folder / name)) as writer:
-
-        def log(statistic: str, value: float, step: int) -> None:
-            writer.add_scalar(statistic, value, step)
-            writer.flush()
-
-        yield log

@@ -50,6 +50,10 @@ def reproduce(
             help="Train the seeds of a cell together, as one batched model, where that pays.",
         ),
     ] = False,
+    jobs: Annotated[
+        int,
+        typer.Option(min=1, help="So many cells at once, each in a process with its share of the CPU's threads."),
+    ] = 1,
     run: Annotated[bool, typer.Option(help="--no-run only renders what is recorded in --out.")] = True,
     as_json: Json = False,
     tensorboard: Tensorboard = None,
@@ -78,6 +82,7 @@ def reproduce(
         device=device,
         engine=engine,
         stack=stack,
+        jobs=jobs,
         run=run,
         tensorboard=tensorboard,
         form="json" if as_json else "markdown" if as_markdown else "terminal",
@@ -108,15 +113,16 @@ def train(
     from mcobjectives_examples.datasets import load
     from mcobjectives_examples.engine import require_engine
     from mcobjectives_examples.presets import capped, configured
+    from mcobjectives_examples.side_by_side import Place
     from mcobjectives_examples.training import Config, canonical, pick_device
 
     chosen, cap = configured(preset, overrides or [], precision)
     spec = canonical(capped(objective, cap))
     config = Config(dataset, binarisation or chosen.binarisation_of(dataset), layers, spec, chosen, seed)
-    chosen_device = pick_device(device)
+    place = Place(out, pick_device(device), data_dir, engine, tensorboard)
     require_engine(engine)
     loaded = load(dataset, data_dir, download=download)
-    [result] = run_all([config], loaded, out, chosen_device, engine=engine, tensorboard=tensorboard)
+    [result] = run_all([config], loaded, place)
     if as_json:
         print(json.dumps(result, indent=1))
     else:

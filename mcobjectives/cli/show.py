@@ -40,13 +40,9 @@ def progress() -> Progress:
 class CellBar:
     """One bar for the cell at work: passes while it trains, test images while it is evaluated."""
 
-    def __init__(self, bars: Progress) -> None:
-        self.bars, self.name, self.doing = bars, "", ""
+    def __init__(self, bars: Progress, name: str) -> None:
+        self.bars, self.name, self.doing = bars, name, ""
         self.task: TaskID | None = None
-
-    def start(self, name: str) -> None:
-        self.close()
-        self.name, self.doing = name, ""
 
     def update(self, what: str, done: float, total: float) -> None:
         if what != self.doing:
