@@ -1,6 +1,7 @@
 """`--jobs`: cells in processes of their own, with real signals."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,16 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from mcobjectives import cli
 from mcobjectives_examples import checkpoints
 from mcobjectives_examples.cells import run_cell
 from mcobjectives_examples.datasets import load
 from mcobjectives_examples.presets import configured
 from mcobjectives_examples.side_by_side import Place, run_side_by_side
-from mcobjectives_examples.training import Config, TrainingError
+from mcobjectives_examples.training import Config, Interrupted, TrainingError
 
 CPU = torch.device("cpu")
 MCOBJ = "import sys; from mcobjectives.cli import main; sys.argv[0] = 'mcobj'; main()"
-TABLE = ["reproduce", "--table=6", "--dataset=digits", "--seeds=2", "--set=k=3", "--set=passes=5", "--set=nll_k=20"]
+TABLE = ["reproduce", "--table=6", "--dataset=digits", "--seeds=2", "--set=k=3", "--set=passes=10000", "--set=nll_k=20"]
 TABLE += ["--set=batch_size=10", "--engine=eager", "--device=cpu", "--jobs=2"]
 
 
@@ -31,11 +33,24 @@ def first():
     return Config("digits", "once", 1, "vae(k=1)", preset)
 
 
-def record(configs, out, jobs=2):
+def record(configs, out, jobs=2, stop=lambda: False):
     done = []
     heard = {"on_progress": lambda *progress: None, "on_done": done.append, "note": lambda text: None}
-    run_side_by_side(configs, Place(out, CPU, engine="eager"), jobs, stop=lambda: False, **heard)
+    run_side_by_side(configs, Place(out, CPU, engine="eager"), jobs, stop=stop, **heard)
     return done
+
+
+def once_at_work(number, out, n):
+    """A `stop` that is true once n checkpoints are there, and then sends the processes that work on them a signal."""
+
+    def stop():
+        if len(list(out.glob("*.pt"))) < n:
+            return False
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, number)
+        return number == signal.SIGINT
+
+    return stop
 
 
 def alone(configs, out):
@@ -50,21 +65,10 @@ def alone(configs, out):
         torch.set_num_threads(before)
 
 
-def reproduce(out, *more, **options):
-    command = [sys.executable, "-c", MCOBJ, *TABLE, *more, "--json", f"--out={out}"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
-
 def numbers(out):
     """Metrics and learning curves of all cells in a folder."""
     records = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
     return [(record["metrics"], record["learning_curve"]) for record in records]
-
-
-def wait_for(process, out, n):
-    while process.poll() is None and len(list(out.glob("*.pt"))) < n:
-        time.sleep(0.001)
-    assert process.poll() is None, process.communicate()
 
 
 def children(process):
@@ -80,13 +84,20 @@ def at_work(pid):
         return False
 
 
-def test_cells_side_by_side_are_the_cells_alone(first, tmp_path):
+@pytest.mark.slow
+def test_cells_side_by_side_interrupted_and_gone_on_with_are_the_cells_alone(first, tmp_path):
+    first = replace(first, preset=configured("smoke", ["passes=3", "nll_k=20", "batch_size=10"])[0])
     second = replace(first, objective="iwae(k=2)", after=first.objective)
     other = replace(first, seed=1)
-    assert record([second, first, other], tmp_path / "beside")[-1] == second  # which waits for its first stage
+    out = tmp_path / "beside"
+    with pytest.raises(Interrupted):  # Ctrl-C reaches all processes
+        record([second, first, other], out, stop=once_at_work(signal.SIGINT, out, 2))
+    positions = [checkpoints.load(path, None, CPU)["position"] for path in out.glob("*.pt")]
+    assert len(positions) == 2 and all(at["epoch"] < 3 for at in positions) and not numbers(out)
+    assert record([second, first, other], out)[-1] == second  # which waits for its first stage
     threads = alone([first, other, second], tmp_path / "alone")
-    assert numbers(tmp_path / "beside") == numbers(tmp_path / "alone")
-    records = [json.loads(path.read_text()) for path in (tmp_path / "beside").glob("*.json")]
+    assert numbers(out) == numbers(tmp_path / "alone")
+    records = [json.loads(path.read_text()) for path in out.glob("*.json")]
     assert {r["provenance"]["machine"]["threads"] for r in records} == {threads} and len(records) == 3
 
 
@@ -101,37 +112,16 @@ def test_a_cell_that_fails_stops_the_others_with_their_checkpoints(first, tmp_pa
     assert not kept.exists() or checkpoints.load(kept, None, CPU)["position"]["epoch"] < 3000
 
 
-@pytest.mark.slow
-def test_ctrl_c_stops_all_with_checkpoints_and_the_same_command_goes_on(tmp_path):
-    stopped = reproduce(tmp_path / "out", start_new_session=True)
-    wait_for(stopped, tmp_path / "out", 2)
-    os.killpg(stopped.pid, signal.SIGINT)  # as a terminal does: to all of them
-    out, err = stopped.communicate()
-    assert stopped.returncode == 130 and not out and "Traceback" not in err
-    assert "the same command goes on from there" in " ".join(err.split())
-    positions = [checkpoints.load(path, None, CPU)["position"] for path in (tmp_path / "out").glob("*.pt")]
-    assert len(positions) == 2 and all(0 <= at["epoch"] < 5 for at in positions)
-    process = reproduce(tmp_path / "out")
-    out, err = process.communicate()
-    assert process.returncode == 0 and len(json.loads(out)["rows"][0]["ours"]) == 2, err
-    configs = [json.loads(path.read_text())["config"] for path in (tmp_path / "out").glob("*.json")]
-    alone([Config.from_dict(config) for config in configs], tmp_path / "whole")
-    assert numbers(tmp_path / "out") == numbers(tmp_path / "whole") and len(configs) == 2
+def test_a_process_that_is_killed_is_named(first, tmp_path):
+    long = replace(first, preset=configured("smoke", ["passes=3000"])[0])
+    with pytest.raises(TrainingError, match=f"^{long.name}: its process was killed, as where memory is short"):
+        record([long], tmp_path, stop=once_at_work(signal.SIGKILL, tmp_path, 1))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_process_that_is_killed_is_named_and_none_outlives_the_first_one(tmp_path):
-    process = reproduce(tmp_path, "--set=passes=10000")
-    wait_for(process, tmp_path, 2)
-    os.kill(children(process)[0], signal.SIGKILL)
-    out, err = process.communicate()
-    said = " ".join(err.split())
-    assert process.returncode == 1 and not out and "Traceback" not in err
-    assert (
-        "mcobj: digits-once-1L-median-k-3-seed" in said and "its process was killed, as where memory is short" in said
-    )
-    process = reproduce(tmp_path, "--set=passes=10000")
+def test_none_outlives_the_first_process(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", MCOBJ, *TABLE, f"--out={tmp_path}"], stderr=subprocess.DEVNULL)
     while process.poll() is None and len(left := children(process)) < 2:
         time.sleep(0.01)
     process.kill()
@@ -142,7 +132,10 @@ def test_a_process_that_is_killed_is_named_and_none_outlives_the_first_one(tmp_p
     assert len(left) == 2 and not any(map(at_work, left))
 
 
-def test_stack_and_jobs_exclude_each_other(tmp_path):
-    command = [sys.executable, "-c", MCOBJ, *TABLE, "--stack", f"--out={tmp_path / 'none'}"]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    assert ended.returncode == 1 and "give one of them" in ended.stderr and not (tmp_path / "none").exists()
+def test_stack_and_jobs_exclude_each_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mcobj", *TABLE, "--stack", f"--out={tmp_path / 'none'}"])
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit):
+        cli.main()
+    signal.signal(signal.SIGINT, handler)
+    assert "give one of them" in capsys.readouterr().err and not (tmp_path / "none").exists()
