@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,18 @@ def provenance(results: Iterable[dict[str, Any] | None]) -> str:
 
     found = (result["provenance"] for result in results if result is not None)
     return f"{sources(found)}\n{{ .generated }}"
+
+
+def recorded(
+    record: dict[str, Any],
+    header: Sequence[str],
+    lines: Sequence[Sequence[str]],
+    right: Iterable[int],
+    said: str = "",
+) -> str:
+    """A table, what is said of it, and where its record comes from."""
+    table = blocks.markdown_table(header, lines, right=right)
+    return "\n\n".join(filter(None, (table, said, provenance([record]))))
 
 
 def speed(record: dict[str, Any]) -> str:
@@ -88,11 +100,7 @@ def overhead(record: dict[str, Any]) -> str:
         for row in record["rows"]
     ]
     header = ("k", "by hand, ms", "objective, ms", "ratio", "of first deciles")
-    return (
-        blocks.markdown_table(header, lines, right=range(5))
-        + "\n\n"
-        + provenance([record])
-    )
+    return recorded(record, header, lines, right=range(5))
 
 
 def stacking(record: dict[str, Any]) -> str:
@@ -115,11 +123,7 @@ def stacking(record: dict[str, Any]) -> str:
         "together, ms",
         "speed-up",
     )
-    return (
-        blocks.markdown_table(header, lines, right=(0, 2, 3, 4))
-        + "\n\n"
-        + provenance([record])
-    )
+    return recorded(record, header, lines, right=(0, 2, 3, 4))
 
 
 def side_by_side(record: dict[str, Any]) -> str:
@@ -135,11 +139,7 @@ def side_by_side(record: dict[str, Any]) -> str:
     ]
     jobs = record["rows"][0]["jobs"]
     header = ("k", f"{jobs} cells in turn, s", "side by side, s", "speed-up")
-    return (
-        blocks.markdown_table(header, lines, right=range(4))
-        + "\n\n"
-        + provenance([record])
-    )
+    return recorded(record, header, lines, right=range(4))
 
 
 def evaluation(record: dict[str, Any]) -> str:
@@ -150,8 +150,7 @@ def evaluation(record: dict[str, Any]) -> str:
     ]
     header = ("", "seconds", "over the products")
     said = f"IWAE-{record['k']} of {record['images']} images, float32."
-    table = blocks.markdown_table(header, lines, right=range(1, 3))
-    return "\n\n".join((table, said, provenance([record])))
+    return recorded(record, header, lines, right=range(1, 3), said=said)
 
 
 def precision(record: dict[str, Any]) -> str:
@@ -169,10 +168,9 @@ def precision(record: dict[str, Any]) -> str:
         "normalised weights, total variation",
         "bound, nats",
     )
-    table = blocks.markdown_table(header, lines, right=range(3))
     about = f"k = {found['k']}, effective sample size {found['ess']:.1f}, {found['images']} test images"
     said = f"IWAE-5 trained for {record['passes']} passes on {record['dataset']}; {about}."
-    return "\n\n".join((table, said, provenance([record])))
+    return recorded(record, header, lines, right=range(3), said=said)
 
 
 def time_to_nll(record: dict[str, Any]) -> str:
@@ -226,9 +224,8 @@ def final_nll(record: dict[str, Any]) -> str:
         )
     seeds = len(record["rows"][0]["nll"])
     header = ("", f"NLL, mean of {seeds} seeds", "difference, nats")
-    table = blocks.markdown_table(header, lines, right=(1, 2))
     said = f"IWAE-{record['k']}, {record['passes']} passes of {record['dataset']}; ± is the standard error over the seeds."
-    return "\n\n".join((table, said, provenance([record])))
+    return recorded(record, header, lines, right=(1, 2), said=said)
 
 
 def snr(record: dict[str, Any]) -> str:
@@ -276,11 +273,7 @@ def memory(record: dict[str, Any]) -> str:
         "over k = 50",
         *(["peak CUDA MB"] if on_gpu else []),
     ]
-    return (
-        blocks.markdown_table(header, lines, right=range(1, len(header)))
-        + "\n\n"
-        + provenance([record])
-    )
+    return recorded(record, header, lines, right=range(1, len(header)))
 
 
 def pyro_step(record: dict[str, Any]) -> str:
@@ -342,8 +335,7 @@ def parts(record: dict[str, Any]) -> str:
                 else f"{kept} back-propagated, {row['precision']}"
             )
         )
-    table = blocks.markdown_table(header, lines, right=range(1, len(header)))
-    return table + "\n\n" + provenance([record])
+    return recorded(record, header, lines, right=range(1, len(header)))
 
 
 def goals(read: Callable[[str], dict[str, Any] | None]) -> str:

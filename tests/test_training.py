@@ -194,7 +194,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(trainer):
 
 
 @pytest.mark.parametrize("binarisation", ["once", "epoch"])
-@pytest.mark.parametrize("steps", [1, 6, 8, 12])
+@pytest.mark.parametrize("steps", [1, 4, 6, 7, 8, 12])
 def test_an_interrupted_run_ends_with_the_same_bits(trainer, binarisation, steps):
     whole = trainer("whole.pt", binarisation=binarisation, objective="iwae(k=3, backward_samples=2)")
     whole.run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mcobjectives.likelihoods import bernoulli_log_likelihood
 from mcobjectives_examples import checkpoints
 from mcobjectives_examples.compiling import for_evaluation
 from mcobjectives_examples.datasets import Dataset, test_set
+from mcobjectives_examples.logs import Log
 from mcobjectives_examples.models import PaperModel
 from mcobjectives_examples.precision import set_precision
 from mcobjectives_examples.presets import Preset
@@ -28,6 +30,17 @@ PRUNED_IMAGES = 1000
 """At most so many test images, and a quarter of them, are evaluated a second time, by the pruned model."""
 OnProgress = Callable[[str, float, float], None]
 """(what is being done, done, total)."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """How and where cells are run, and where they are recorded."""
+
+    out: Path
+    device: torch.device
+    data_dir: Path | None = None
+    engine: str = "auto"
+    tensorboard: Path | None = None
 
 
 def result_path(out: Path, config: Config) -> Path:
@@ -73,7 +86,7 @@ def run_cell(
     engine: str = "auto",
     on_progress: OnProgress = lambda what, done, total: None,
     stop: Callable[[], bool] = lambda: False,
-    log: Callable[[str, float, int], None] | None = None,
+    log: Log | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """The cell's result, from its file or by training; raises `Interrupted` with a checkpoint if `stop()` is true.

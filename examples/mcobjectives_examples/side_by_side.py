@@ -13,28 +13,16 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import cast
 
 import torch
 
-from mcobjectives_examples.cells import run_cell
+from mcobjectives_examples.cells import Place, run_cell
 from mcobjectives_examples.datasets import load
 from mcobjectives_examples.logs import tensorboard_log
 from mcobjectives_examples.training import Config, Interrupted, TrainingError
 
 _SECONDS_BETWEEN_REPORTS = 0.2
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where cells are run and recorded."""
-
-    out: Path
-    device: torch.device
-    data_dir: Path | None = None
-    engine: str = "auto"
-    tensorboard: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +112,7 @@ def _start(config: Config, place: Place, threads: int) -> tuple[Connection, Base
 def _receive(connection: Connection, config: Config, process: BaseProcess) -> object:
     try:
         return connection.recv()
-    except EOFError:
+    except (EOFError, ConnectionError):  # the latter if it died before it heard a word
         process.join()
         why = "was killed, as where memory is short" if process.exitcode == -9 else f"ended with {process.exitcode}"
         return _End(f"{config.name}: its process {why}: the same command goes on, or try fewer --jobs")

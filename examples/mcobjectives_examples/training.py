@@ -30,6 +30,7 @@ from mcobjectives_examples.engine import (
     require_engine,
     set_rate,
 )
+from mcobjectives_examples.logs import Log
 from mcobjectives_examples.models import PaperModel, paper_model
 from mcobjectives_examples.presets import Preset
 
@@ -135,7 +136,7 @@ class Trainer:
         checkpoint: Path,
         *,
         engine: str = "auto",
-        log: Callable[[str, float, int], None] | None = None,
+        log: Log | None = None,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
         require_engine(engine)

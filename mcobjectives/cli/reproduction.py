@@ -17,6 +17,7 @@ from mcobjectives.cli.show import CellBar, console, duration, errors, grid, inte
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples import checkpoints, drawing, figures, render
 from mcobjectives_examples.cells import (
+    Place,
     checkpoint_path,
     evaluate_model,
     recorded,
@@ -31,7 +32,7 @@ from mcobjectives_examples.logs import Log, require_tensorboard, tensorboard_log
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.paper import paper
 from mcobjectives_examples.presets import Preset
-from mcobjectives_examples.side_by_side import Place, run_side_by_side
+from mcobjectives_examples.side_by_side import run_side_by_side
 from mcobjectives_examples.stacking import pays, stacks, train_together
 from mcobjectives_examples.tables import Row, configurations, estimate_seconds, protocols, rows, with_results
 from mcobjectives_examples.training import Config, Interrupted, Progress, pick_device
