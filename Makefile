@@ -35,8 +35,9 @@ $(VENV)/.test: $(VENV)/.demo
 demo: $(VENV)/.demo
 	$(BIN)/mcobj reproduce --table 1 --dataset digits --preset smoke
 
+# One process a core, each with one thread: most tests have too little to do for two.
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
