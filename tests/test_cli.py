@@ -102,7 +102,7 @@ def test_data_as_json(mcobj, tmp_path):
 
 
 def test_data_of_named_sets_says_what_is_missing_where_and_the_mend(mcobj, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "400")  # tmp_path may be long
+    monkeypatch.setenv("COLUMNS", "200")
     status, out, _ = mcobj("data", "mnist", "digits", "--data-dir", tmp_path)
     assert status == 0 and "omniglot" not in out and str(tmp_path) in out and not list(tmp_path.iterdir())
     assert re.search(r"^ mnist +no +MNIST through torchvision *$", out, re.M)
