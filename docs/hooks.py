@@ -113,7 +113,7 @@ def agreement() -> str:
 def _anchor(number: str) -> str:
     from mcobjectives_examples.paper import table
 
-    return re.sub(r"[^a-z0-9]+", "-", table(number)["title"].lower()).strip("-")
+    return re.sub(r"[^a-z0-9_]+", "-", table(number)["title"].lower()).strip("-")
 
 
 def _folders() -> list[Path]:
