@@ -10,6 +10,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ RESULTS = ROOT / "benchmarks" / "results"
 MARKER = re.compile(r"<!-- generated: (\w+) -->")
 NOT_RUN = "not run"
 NEAR = 1.5  # nats: how near to the paper preset short is meant to come
+
+
+def on_files(files: Any, *, config: Any) -> Any:
+    """The figures of the paper that are recorded, as files of the site."""
+    from mkdocs.structure.files import File
+
+    for address, path in _drawn().items():
+        files.append(File.generated(config, address, abs_src_path=str(path)))
+    return files
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
@@ -135,6 +145,43 @@ def _recorded_rows(number: str, folder: Path) -> list[list[Any]]:
         log.warning("table %s: %s", number, error)
         return []
     return [run.rows for run in runs if run.number == number]
+
+
+# Figures of the paper.
+
+
+def figures() -> str:
+    """The figures that were drawn of recorded models; where there is none, the command that draws it."""
+    from mcobjectives_examples.figures import FIGURES
+    from mcobjectives_examples.report import pictures
+
+    drawn = [
+        replace(picture, file=f"{_site_folder(folder)}/{picture.file}")
+        for folder in _folders()
+        for picture in pictures(folder)
+    ]
+    parts = [blocks.markdown(drawn)] if drawn else []
+    known = {picture.title.partition(":")[0] for picture in drawn}
+    for number, figure in FIGURES.items():
+        if f"Figure {number}" not in known:
+            command = f"mcobj figure {number} --preset short"
+            title = f"**Figure {number}: {figure.title}.** {NOT_RUN.capitalize()}."
+            parts.append(f"{title} `{command}` draws it.")
+    return "\n\n".join(parts)
+
+
+def _site_folder(folder: Path) -> str:
+    return f"assets/{folder.name}"
+
+
+def _drawn() -> dict[str, Path]:
+    """Images of recorded figures by their address in the site."""
+    return {
+        f"{_site_folder(folder)}/{path.name}": path
+        for folder in _folders()
+        for pattern in ("*.png", "*.svg")
+        for path in sorted(folder.glob(pattern))
+    }
 
 
 # The same columns for objectives of one model on one data set.
@@ -393,6 +440,7 @@ GENERATORS: dict[str, Callable[[], str]] = {
     for f in (
         tables,
         agreement,
+        figures,
         evidence,
         evidence_digits,
         objectives,

@@ -315,6 +315,21 @@ def test_results_of_two_protocols_are_two_tables(tmp_path):
     assert shown.count("| 87.65 |") == 2
 
 
+def test_figures_are_those_that_were_drawn(tmp_path):
+    hooks = generated()
+    hooks.RESULTS = tmp_path
+    record(tmp_path / "short", power_configs()[0])
+    assert hooks.figures().count("Not run") == 4
+    (tmp_path / "short" / "figure-3.png").write_bytes(b"an image")
+    about = {"title": "Figure 3: Two rows, mnist", "caption": "Of 7 images", "alt": "said aloud"}
+    source = {"versions": {"mcobjectives": "0.1.0", "torch": "2.9"}, "commit": None, "date": "2025-01-02"}
+    about["provenance"] = source | {"machine": {"cpu": "a processor", "threads": 2}}
+    (tmp_path / "short" / "figure-3.png.json").write_text(json.dumps(about))
+    shown = hooks.figures()
+    assert "![said aloud](assets/short/figure-3.png)" in shown and "Of 7 images" in shown and "a processor" in shown
+    assert shown.count("Not run") == 3 and "`mcobj figure 3" not in shown and "`mcobj figure 4" in shown
+
+
 def test_a_result_that_cannot_be_read_warns(tmp_path, caplog):
     hooks = generated()
     hooks.RESULTS = tmp_path

@@ -44,11 +44,11 @@ def report(folder: Path, linked: bool = True) -> Section:
     """All that a folder holds; `linked` images are beside the page."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: name one that mcobj reproduce or train wrote to")
-    records, pictures = read(folder), list(_pictures(folder, linked))
-    if not records and not pictures:
+    records, drawings = read(folder), list(pictures(folder, linked))
+    if not records and not drawings:
         raise ValueError(f"{folder} holds no recorded results: mcobj reproduce and train write them to --out")
     runs = table_runs(records)
-    drawn = Section("Figures", pictures or [Text(f"{render.NOT_RUN.capitalize()}: mcobj figure draws them.")])
+    drawn = Section("Figures", drawings or [Text(f"{render.NOT_RUN.capitalize()}: mcobj figure draws them.")])
     sections = [
         Section(
             "The paper's tables", [Text(render.noise_note())] if runs else [], [_table_section(run) for run in runs]
@@ -56,13 +56,13 @@ def report(folder: Path, linked: bool = True) -> Section:
         Section("Other recorded models", curves.other_learning_curves(records, runs)),
         drawn,
         Section("Every recorded cell", metric_tables(records)),
-        Section("Not run", list(_not_run(runs, pictures))),
+        Section("Not run", list(_not_run(runs, drawings))),
         Section("Configuration and provenance", protocol_blocks(records)),
     ]
     name = folder.resolve().name
     return Section(
         f"Results recorded in {name}",
-        [_summary(records, runs, pictures)],
+        [_summary(records, runs, drawings)],
         [s for s in sections if s.blocks or s.sections],
     )
 
@@ -75,7 +75,7 @@ def _table_section(run: TableRun) -> Section:
     return Section(title, [*blocks, *curves.k_curves(run), *curves.learning_curves(run)])
 
 
-def _summary(records: Records, runs: Sequence[TableRun], pictures: Sequence[Picture]) -> Bullets:
+def _summary(records: Records, runs: Sequence[TableRun], drawings: Sequence[Picture]) -> Bullets:
     verdicts = Counter(found.verdict for run in runs for found in findings(run.rows))
     doubtful = sum(map(unreliable, records.values()))
     numbers = list(dict.fromkeys(run.number for run in runs))
@@ -90,12 +90,13 @@ def _summary(records: Records, runs: Sequence[TableRun], pictures: Sequence[Pict
         "standard error tells"
         if records
         else "",
-        f"{render.counted(len(pictures), 'figure')} drawn" if pictures else "",
+        f"{render.counted(len(drawings), 'figure')} drawn" if drawings else "",
     ]
     return Bullets([item for item in items if item])
 
 
-def _pictures(folder: Path, linked: bool) -> Iterator[Picture]:
+def pictures(folder: Path, linked: bool = True) -> Iterator[Picture]:
+    """The figures that a folder holds with their records; `linked` images are beside the page."""
     for path in sorted(folder.iterdir()):
         record = path.with_name(f"{path.name}.json")
         if path.suffix in IMAGES and record.is_file():
@@ -108,7 +109,7 @@ def _pictures(folder: Path, linked: bool) -> Iterator[Picture]:
             yield Picture(title, f"{caption} {source}", alt, uri, path.name if linked else "")
 
 
-def _not_run(runs: Sequence[TableRun], pictures: Sequence[Picture]) -> Iterator[Block]:
+def _not_run(runs: Sequence[TableRun], drawings: Sequence[Picture]) -> Iterator[Block]:
     items = []
     for run in runs:
         rows = [f"{row.layers}L {row.label}{_of_seeds(run, row.configs, seeds)}" for row, seeds in missing(run)]
@@ -116,7 +117,7 @@ def _not_run(runs: Sequence[TableRun], pictures: Sequence[Picture]) -> Iterator[
             items.append(f"Of {render.title(run.number, run.rows)}: {', '.join(rows)}")
     tables = [n for n in paper()["tables"] if n not in {run.number for run in runs}]
     items += [f"Table {n}: {table(n)['title']}" for n in tables]
-    drawn = {picture.title.partition(":")[0] for picture in pictures}
+    drawn = {picture.title.partition(":")[0] for picture in drawings}
     items += [f"Figure {n}: {f.title}" for n, f in FIGURES.items() if f"Figure {n}" not in drawn]
     if items:
         yield Bullets(items)
