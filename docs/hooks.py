@@ -32,8 +32,8 @@ def on_files(files: Any, *, config: Any) -> Any:
     """The figures of the paper that are recorded, as files of the site."""
     from mkdocs.structure.files import File
 
-    for address, path in _drawn().items():
-        files.append(File.generated(config, address, abs_src_path=str(path)))
+    for path, picture in _drawn():
+        files.append(File.generated(config, picture.file, abs_src_path=str(path)))
     return files
 
 
@@ -152,36 +152,29 @@ def _recorded_rows(number: str, folder: Path) -> list[list[Any]]:
 
 def figures() -> str:
     """The figures that were drawn of recorded models; where there is none, the command that draws it."""
-    from mcobjectives_examples.figures import FIGURES
-    from mcobjectives_examples.report import pictures
+    from mcobjectives_examples.report import not_drawn
 
-    drawn = [
-        replace(picture, file=f"{_site_folder(folder)}/{picture.file}")
-        for folder in _folders()
-        for picture in pictures(folder)
-    ]
+    drawn = [picture for _, picture in _drawn()]
     parts = [blocks.markdown(drawn)] if drawn else []
-    known = {picture.title.partition(":")[0] for picture in drawn}
-    for number, figure in FIGURES.items():
-        if f"Figure {number}" not in known:
-            command = f"mcobj figure {number} --preset short"
-            title = f"**Figure {number}: {figure.title}.** {NOT_RUN.capitalize()}."
-            parts.append(f"{title} `{command}` draws it.")
+    for number, figure in not_drawn(drawn).items():
+        command = f"mcobj figure {number} --preset short"
+        title = f"**Figure {number}: {figure.title}.** {NOT_RUN.capitalize()}."
+        parts.append(f"{title} `{command}` draws it.")
     return "\n\n".join(parts)
 
 
-def _site_folder(folder: Path) -> str:
-    return f"assets/{folder.name}"
+def _drawn() -> list[tuple[Path, Any]]:
+    """The recorded figures: where each image is, and the picture with its address in the site."""
+    from mcobjectives_examples.report import pictures
 
-
-def _drawn() -> dict[str, Path]:
-    """Images of recorded figures by their address in the site."""
-    return {
-        f"{_site_folder(folder)}/{path.name}": path
+    return [
+        (
+            folder / picture.file,
+            replace(picture, file=f"assets/{folder.name}/{picture.file}"),
+        )
         for folder in _folders()
-        for pattern in ("*.png", "*.svg")
-        for path in sorted(folder.glob(pattern))
-    }
+        for picture in pictures(folder)
+    ]
 
 
 # The same columns for objectives of one model on one data set.

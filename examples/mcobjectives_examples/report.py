@@ -11,7 +11,7 @@ from typing import Any
 
 from mcobjectives_examples import checkpoints, curves, render
 from mcobjectives_examples.blocks import Block, Bullets, Picture, Section, Text, markdown_page
-from mcobjectives_examples.figures import FIGURES
+from mcobjectives_examples.figures import FIGURES, Figure
 from mcobjectives_examples.findings import findings
 from mcobjectives_examples.metrics import metric_tables, unreliable
 from mcobjectives_examples.paper import paper, table
@@ -109,6 +109,12 @@ def pictures(folder: Path, linked: bool = True) -> Iterator[Picture]:
             yield Picture(title, f"{caption} {source}", alt, uri, path.name if linked else "")
 
 
+def not_drawn(drawings: Sequence[Picture]) -> dict[int, Figure]:
+    """The paper's figures that are not among some drawings."""
+    drawn = {picture.title.partition(":")[0] for picture in drawings}
+    return {number: figure for number, figure in FIGURES.items() if f"Figure {number}" not in drawn}
+
+
 def _not_run(runs: Sequence[TableRun], drawings: Sequence[Picture]) -> Iterator[Block]:
     items = []
     for run in runs:
@@ -117,8 +123,7 @@ def _not_run(runs: Sequence[TableRun], drawings: Sequence[Picture]) -> Iterator[
             items.append(f"Of {render.title(run.number, run.rows)}: {', '.join(rows)}")
     tables = [n for n in paper()["tables"] if n not in {run.number for run in runs}]
     items += [f"Table {n}: {table(n)['title']}" for n in tables]
-    drawn = {picture.title.partition(":")[0] for picture in drawings}
-    items += [f"Figure {n}: {f.title}" for n, f in FIGURES.items() if f"Figure {n}" not in drawn]
+    items += [f"Figure {n}: {figure.title}" for n, figure in not_drawn(drawings).items()]
     if items:
         yield Bullets(items)
         yield Text("mcobj reproduce --table N runs a table, or goes on with it; mcobj figure N draws a figure.")
