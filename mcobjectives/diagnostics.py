@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mcobjectives.arguments import require_count
 from mcobjectives.model import has_rsample
 from mcobjectives.objective import Objective
 
@@ -99,8 +100,7 @@ def gradient_statistics(
         >>> bool((stats.snr - 1).abs() < 0.2)
         True
     """
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 2:
-        raise ValueError(f"draws must be an integer of at least 2, got {draws!r}")
+    require_count("draws", draws, least=2)
     groups = parameter_groups(model) if groups is None else groups
     flat = [parameter for group in groups.values() for parameter in group]
     if not flat:

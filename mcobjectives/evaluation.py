@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from mcobjectives.arguments import require_count
 from mcobjectives.model import Latent, ModelError, Samples, has_methods, log_joint, log_weights
 
 _ROWS_AT_ONCE = {"cpu": 2500, "cuda": 200_000}
@@ -142,13 +143,13 @@ def evaluate(
     points, device = _rows_and_device(x)
     rows = _ROWS_AT_ONCE.get(device.type, _ROWS_AT_ONCE["cpu"])
     batch_size = min(points, math.isqrt(rows)) if batch_size is None else batch_size
-    _require_count("k", k)
-    _require_count("batch_size", batch_size)
+    require_count("k", k)
+    require_count("batch_size", batch_size)
     chunk_size = max(1, rows // batch_size) if chunk_size is None else chunk_size
-    _require_count("chunk_size", chunk_size)
+    require_count("chunk_size", chunk_size)
     parts = []
     for batch in _batches(x, batch_size):
-        parts.append(_evaluate_batch(model, batch, k, chunk_size))
+        parts.append(_evaluate_batch(model, batch, int(k), chunk_size))
         found, expected = parts[-1].elbo.numel(), _rows_and_device(batch)[0]
         if found != expected:
             raise ModelError(
@@ -377,8 +378,8 @@ def posterior_means(model: Any, x: Any, *, n: int = 100, batch_size: int = 100) 
     Exact for layer 1 if `posterior.mean` is a tensor, or a tuple that starts with layer 1's. Otherwise averages of the
     conditional means `posterior.layer_means(h)`, each `(k, batch, d)` given the layers before, or of the samples.
     """
-    _require_count("n", n, least=2)
-    _require_count("batch_size", batch_size)
+    require_count("n", n, least=2)
+    require_count("batch_size", batch_size)
     _rows_and_device(x)
     batches = [_batch_means(model.posterior(batch), n // 2) for batch in _batches(x, batch_size)]
     layers = []
@@ -430,11 +431,6 @@ def _rows_and_device(x: Any) -> tuple[int, torch.device]:
 def _batches(x: Any, size: int) -> Iterator[Any]:
     for start in range(0, _rows_and_device(x)[0], size):
         yield pytree.tree_map(lambda part, i=start: part[i : i + size], x)
-
-
-def _require_count(name: str, value: Any, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
 def _plain(value: Any) -> float | int | None:

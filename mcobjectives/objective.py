@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import cached_property
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -17,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mcobjectives import plugins
 from mcobjectives.analytic import expected_log_ratio
+from mcobjectives.arguments import require_count, require_number
 from mcobjectives.derivatives import curvatures, leave_one_out, reduced, slopes, slopes_jump, slopes_vary
 from mcobjectives.estimators import Weights
 from mcobjectives.model import (
@@ -299,9 +298,7 @@ class Objective(ABC):
         parts = [name for name in ("k1", "k2") if hasattr(self, name)]
         given = [name for name in ("chunk_size", "backward_samples") if getattr(self, name) is not None]
         for name in (*parts, "k", *given):
-            value = getattr(self, name, None)
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            require_count(name, getattr(self, name, None))
         if self.backward_samples is not None and self.backward_samples > self.k:
             raise ValueError(f"backward_samples must be at most k = {self.k}, got {self.backward_samples}")
         require_number("kl_weight", self.kl_weight, lambda t: t >= 0, "a finite number of at least 0")
@@ -345,12 +342,6 @@ class BoundObjective(torch.nn.Module):
 
     def forward(self, x: Any) -> Tensor:
         return self.objective(self.model, x)
-
-
-def require_number(name: str, value: Any, allowed: Callable[[float], bool], expected: str) -> None:
-    """Raise `ValueError` unless the value is a finite real number in the allowed range."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not allowed(float(value)):
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
 def _like(weights: Tensor, part: Tensor) -> Tensor:

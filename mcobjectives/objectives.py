@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mcobjectives.arguments import require_number
 from mcobjectives.estimators import Weights
-from mcobjectives.objective import Objective, require_number
+from mcobjectives.objective import Objective
 from mcobjectives.reductions import log_mean_exp, log_median, log_power_mean, logsumexp_of_others, mean_of_others
 
 

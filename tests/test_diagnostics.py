@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -144,6 +145,10 @@ def test_grad_is_left_alone():
     model = Gaussian()
     gradient_statistics(IWAE(k=2), model, X, draws=2)
     assert model.loc.grad is None
+
+
+def test_numpy_integers_are_counts():
+    assert gradient_statistics(IWAE(k=2), Gaussian(), X, draws=np.int64(3))["loc"].draws == 3
 
 
 def test_bad_arguments_are_refused():

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from arviz_stats.base import array_stats
@@ -267,6 +268,15 @@ def test_to_dict_is_plain_json():
     assert record["nll"] == found.nll and record["kl_posterior"] == found.kl
     assert record["nll_stderr"] == pytest.approx(float(found.log_likelihood.std()) / math.sqrt(11))
     json.dumps(evaluate(LinearGaussian(), data(1), k=3).to_dict(), allow_nan=False)
+
+
+def test_numpy_integers_are_counts():
+    torch.manual_seed(0)
+    plain = evaluate(LinearGaussian(shift=0.5), data(), k=60, chunk_size=7, batch_size=4)
+    torch.manual_seed(0)
+    k, chunk_size, batch_size = map(np.int64, (60, 7, 4))
+    found = evaluate(LinearGaussian(shift=0.5), data(), k=k, chunk_size=chunk_size, batch_size=batch_size)
+    assert json.dumps(found.to_dict()) == json.dumps(plain.to_dict())
 
 
 @pytest.mark.parametrize("name", ["k", "chunk_size", "batch_size"])
