@@ -113,7 +113,7 @@ def test_numbers_are_those_that_were_recorded():
     for config, recorded in found.items():
         m = recorded["metrics"]
         seeds[replace(config, seed=0)].append(m)
-        line = cells[f"{config.layers}L {config.objective}", str(config.seed), f"{m['nll']:.2f}"]
+        line = cells[f"{config.layers}L {label(config)}", str(config.seed), f"{m['nll']:.2f}"]
         assert float(line["ELBO"]) == round(m["elbo"], 2)
         assert line["active units"] == "+".join(map(str, m["active_units"]))
         assert line["k-hat (too high for)"].startswith(khat([m]))
@@ -126,9 +126,15 @@ def test_numbers_are_those_that_were_recorded():
         if family := re.fullmatch(r"(vae|iwae)\(k=(\d+)\)", config.objective):
             nlls = [m["nll"] for m in metrics]
             nll = f"{statistics.fmean(nlls):.2f}" + (f" ± {statistics.stdev(nlls):.2f}" if len(nlls) > 1 else "")
-            row = table[str(config.layers), family[1], family[2], nll]
+            objective = label(config) if config.after else family[1]
+            row = table[str(config.layers), objective, family[2], nll]
             assert row["k-hat (too high for)"].startswith(khat(metrics))
             assert float(row["ESS"]) == pytest.approx(statistics.fmean(m["ess_mean"] for m in metrics), rel=5e-3)
+
+
+def label(config):
+    """How a page names a configuration, without its depth."""
+    return f"{config.after} then {config.objective}" if config.after else config.objective
 
 
 def khat(metrics):
