@@ -170,11 +170,15 @@ def test_every_configuration_has_its_own_file_name():
         ("miwae(k1=1, k2=1)", "vae(k=1)"),
         ("vae(k=2, analytic_kl=True)", "vae(k=2, analytic_kl=True)"),
         ("iwae(k=1, gradient='dreg')", "iwae(k=1, gradient='dreg')"),
+        ("power", "power(k=50, p=2)"),
+        ("power(k=3, p=-2.0)", "power(k=3, p=-2)"),
+        ("ciwae(k=3, beta=1.0)", "ciwae(k=3, beta=1)"),
+        ("l_alpha(k=3, alpha=0.10)", "l_alpha(k=3, alpha=0.1)"),
     ],
 )
 def test_equal_objectives_have_one_canonical_spec(spec, expected):
     assert training.parse_objective(canonical(spec)) == training.parse_objective(expected)
-    assert canonical(canonical(spec)) == canonical(spec)
+    assert canonical(canonical(spec)) == canonical(spec) == canonical(expected)
 
 
 def test_a_split_is_canonical_too():

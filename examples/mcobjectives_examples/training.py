@@ -358,7 +358,7 @@ class Trainer:
 def canonical(spec: str) -> str:
     """The one way to write an objective, with its options spelt out; equal objectives are trained once.
 
-    IWAE of one sample is the VAE; MIWAE(1, k) is VAE and MIWAE(k, 1) IWAE.
+    IWAE of one sample is the VAE; MIWAE(1, k) is VAE and MIWAE(k, 1) IWAE; 2.0 is written as 2.
     """
     objective = parse_objective(spec)
     if isinstance(objective, Split):
@@ -369,7 +369,8 @@ def canonical(spec: str) -> str:
     if objective == IWAE(k=1):
         objective = VAE(k=1)
     name = format_objective(objective).partition("(")[0]
-    return name + repr(objective).removeprefix(type(objective).__name__)
+    spec = name + repr(objective).removeprefix(type(objective).__name__)
+    return re.sub(r"(=-?\d+)\.0(?=[,)])", r"\1", spec)
 
 
 def pick_device(name: str) -> torch.device:
