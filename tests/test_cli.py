@@ -414,6 +414,20 @@ def test_what_is_wrong_is_told_in_a_line_before_any_training(mcobj, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_wrong_with_a_last_cell_or_table_is_told_before_the_first_is_run(mcobj, tmp_path):
+    for number, cell, more in (
+        ("1", "2L-iwae-k-2", []),
+        ("1", "2L-iwae-k-2", ["--jobs", 2]),
+        ("all", "1L-power-k-2-p-2", []),
+    ):
+        broken = tmp_path / f"digits-once-{cell}-seed0.pt"
+        broken.write_text("no checkpoint")
+        done = mcobj("reproduce", "--table", number, *QUICK, "--set", "k=2", "--out", tmp_path, *more)
+        refused(done, "not a readable checkpoint", broken.name)
+        assert list(tmp_path.iterdir()) == [broken] and broken.read_text() == "no checkpoint"
+        broken.unlink()
+
+
 def test_an_output_folder_that_is_a_file(mcobj, tmp_path):
     (tmp_path / "out").write_text("")
     status, out, err = mcobj("train", *QUICK, "--out", tmp_path / "out")

@@ -7,7 +7,7 @@ import torch
 
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples import render
-from mcobjectives_examples.cells import recorded, result_path, run_cell
+from mcobjectives_examples.cells import passes_done, recorded, result_path, run_cell
 from mcobjectives_examples.cells import test_images as images_of
 from mcobjectives_examples.checkpoints import CheckpointError, write_json
 from mcobjectives_examples.datasets import DATASETS, default_binarisation, load
@@ -143,7 +143,28 @@ def test_an_estimate_counts_every_cell():
     digits = load("digits")
     cells = configurations(rows(1, TINY, dataset="digits", layers=[1], cap=2))
     long = [dataclasses.replace(c, preset=TINY.with_passes(1000)) for c in cells]
-    assert 0 < estimate_seconds(cells, digits, CPU) < estimate_seconds(long, digits, CPU)
+    whole = estimate_seconds(dict.fromkeys(long, 0), digits, CPU)
+    assert 0 < estimate_seconds(dict.fromkeys(cells, 0), digits, CPU) < whole
+    assert estimate_seconds(dict.fromkeys(long, 999), digits, CPU) < whole / 10
+
+
+def test_passes_done_are_those_of_the_checkpoints(digits, tmp_path):
+    cells = configurations(rows(1, TINY, dataset="digits", layers=[1], cap=2))
+    Trainer(cells[1], digits, CPU, tmp_path / f"{cells[1].name}.pt").run()
+    assert list(passes_done(tmp_path, cells, digits.checksum).values()) == [0, 1, *[0] * (len(cells) - 2)]
+    (tmp_path / f"{cells[-1].name}.pt").write_bytes((tmp_path / f"{cells[1].name}.pt").read_bytes())
+    with pytest.raises(CheckpointError, match=r"belongs to another run \(differs in objective\)"):
+        passes_done(tmp_path, cells, digits.checksum)
+
+
+def test_a_second_stage_without_a_first_one_to_go_on_from_is_refused(digits, tmp_path):
+    row = rows(10, TINY, dataset="digits", cap=2)[0]
+    [first], [second] = row.first_stages, row.configs
+    assert passes_done(tmp_path, [first, second], digits.checksum) == {first: 0, second: 0}
+    with pytest.raises(CheckpointError, match=rf"which is not there: move {first.name}\.json away"):
+        passes_done(tmp_path, [second], digits.checksum)
+    Trainer(first, digits, CPU, tmp_path / f"{first.name}.pt").save()
+    assert passes_done(tmp_path, [second], digits.checksum) == {second: 0}
 
 
 # Findings.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,29 @@ def recorded(out: Path, config: Config, dataset_sha256: str | None = None) -> di
             f"{path} was recorded with other settings ({', '.join(differing)}): choose another --out or move it away"
         )
     return result
+
+
+def passes_done(out: Path, configs: Sequence[Config], dataset_sha256: str) -> dict[Config, int]:
+    """How many passes the checkpoints of cells that are to be run hold, 0 without one.
+
+    Raises `CheckpointError` where one is broken or another run's, or where a second stage's first one is neither among
+    the cells nor there: before work on any of them, not when its turn comes.
+    """
+    names = {config.name for config in configs}
+    done = dict.fromkeys(configs, 0)
+    for config in configs:
+        path = checkpoint_path(out, config)
+        if path.exists():
+            with checkpoints.readable(path):
+                done[config] = int(checkpoints.load(path, config.to_dict(dataset_sha256), "cpu")["position"]["epoch"])
+        elif config.after is not None and config.first_stage_name not in names:
+            first = out / f"{config.first_stage_name}.pt"
+            if not first.exists():
+                raise checkpoints.CheckpointError(
+                    f"{config.name} goes on from {first}, which is not there: move {first.stem}.json away to train "
+                    "that first stage again, or choose another --out"
+                )
+    return done
 
 
 def trainer_of(config: Config, dataset: Dataset, out: Path, device: torch.device, **options: Any) -> Trainer:

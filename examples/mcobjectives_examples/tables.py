@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -165,20 +165,24 @@ def filled(table_rows: Sequence[Row], result: Callable[[Config], dict[str, Any] 
     ]
 
 
-def estimate_seconds(configs: Sequence[Config], dataset: Dataset, device: torch.device) -> float:
-    """How long the configurations would take, from a few timed steps of each; compiling may save two thirds of it."""
+def estimate_seconds(done: Mapping[Config, int], dataset: Dataset, device: torch.device) -> float:
+    """How long configurations would take of which so many passes are done, from a few timed steps of each.
+
+    Compiling may save two thirds of it.
+    """
     steps: dict[tuple[int, str], float] = {}
     evaluations: dict[int, float] = {}
     total = 0.0
     state = torch.get_rng_state()
-    for config in configs:
+    for config, passes in done.items():
         preset = config.preset
         key = config.layers, config.objective
         if key not in steps:
             steps[key] = _time_step(config, dataset, device)
         if config.layers not in evaluations:
             evaluations[config.layers] = _time_evaluation(config, dataset, device)
-        total += preset.passes * -(-len(dataset.train) // preset.batch_size) * steps[key] + evaluations[config.layers]
+        left = max(0, preset.passes - passes) * -(-len(dataset.train) // preset.batch_size)
+        total += left * steps[key] + evaluations[config.layers]
     torch.set_rng_state(state)
     return total
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -18,8 +18,8 @@ from mcobjectives.specs import parse_objective
 from mcobjectives_examples import checkpoints, drawing, figures, render
 from mcobjectives_examples.cells import (
     Place,
-    checkpoint_path,
     evaluate_model,
+    passes_done,
     recorded,
     run_cell,
     test_images,
@@ -70,17 +70,20 @@ def reproduce_tables(
             grids.append((n, rows(n, preset, seeds=seeds, cap=cap, **options)))
             if not grids[-1][1] and number != "all":
                 raise ValueError(f"table {n} has no rows of {', '.join(map(str, layers or []))} layers")
+    grids = [(n, grid_rows) for n, grid_rows in grids if grid_rows]
+    datasets: dict[str, Dataset] = {}
+    for _, grid_rows in grids if run else []:  # what is amiss with any table shows before the first is run
+        name = grid_rows[0].configs[0].dataset
+        if name not in datasets:
+            datasets[name] = load(name, data_dir, download=download)
+        passes_done(out, _missing(configurations(grid_rows), datasets[name], out), datasets[name].checksum)
     records = []
     for n, grid_rows in grids:
-        if not grid_rows:
-            continue
         title = render.title(n, grid_rows)
-        checksum = None
-        if run:
-            loaded = load(grid_rows[0].configs[0].dataset, data_dir, download=download)
-            checksum = loaded.checksum
+        loaded = datasets.get(grid_rows[0].configs[0].dataset)
+        if loaded is not None:
             run_all(configurations(grid_rows), loaded, place, jobs=jobs, stack=stack)
-        done = with_results(grid_rows, out, checksum)
+        done = with_results(grid_rows, out, None if loaded is None else loaded.checksum)
         if form == "json":
             records.append(render.as_json(title, done, findings(done)))
         else:
@@ -98,9 +101,9 @@ def run_all(
     above one, so many are at work at once.
     """
     require_tensorboard(place.tensorboard)
-    missing = [config for config in configs if recorded(place.out, config, dataset.checksum) is None]
+    missing = _missing(configs, dataset, place.out)
     if missing:
-        _announce(missing, dataset, place.device)
+        _announce(passes_done(place.out, missing, dataset.checksum), dataset, place.device)
     noted: set[str] = set()
 
     def note(text: str) -> None:
@@ -131,6 +134,10 @@ def run_all(
             )
             raise typer.Exit(130) from None
     return [result for config in configs if (result := recorded(place.out, config, dataset.checksum)) is not None]
+
+
+def _missing(configs: Sequence[Config], dataset: Dataset, out: Path) -> list[Config]:
+    return [config for config in configs if recorded(out, config, dataset.checksum) is None]
 
 
 def _run_in_turn(
@@ -177,15 +184,17 @@ def _stacks(configs: Sequence[Config], device: torch.device) -> dict[Config, lis
     return {group[0]: group for group in paying}
 
 
-def _announce(missing: Sequence[Config], dataset: Dataset, device: torch.device) -> None:
+def _announce(done: Mapping[Config, int], dataset: Dataset, device: torch.device) -> None:
     with errors.status("timing a few steps"):
-        seconds = estimate_seconds(missing, dataset, device)
-    preset = missing[0].preset
+        seconds = estimate_seconds(done, dataset, device)
+    preset = next(iter(done)).preset
+    begun = sum(passes > 0 for passes in done.values())
+    going_on = f", {begun} begun" if begun else ""
     most = "at most about" if device.type == "cpu" else "about"  # these steps were not compiled
     advice = "" if seconds < 600 or preset.name == "smoke" else "; --preset smoke would take minutes"
     errors.print(
-        f"{render.counted(len(missing), 'cell')} to run with preset {preset.name} "
-        f"({render.counted(preset.passes, 'pass')}) on {device}: {most} {duration(seconds)}{advice}"
+        f"{render.counted(len(done), 'cell')} to run with preset {preset.name} "
+        f"({render.counted(preset.passes, 'pass')}) on {device}{going_on}: {most} {duration(seconds)}{advice}"
     )
 
 
@@ -266,9 +275,14 @@ def draw_figure(
     loaded = load(configs[0].dataset, data_dir, download=download)
     if number == 2:
         figures.test_labels(loaded.name, data_dir)  # a missing file shows before the work
-    missing = [config for config in configs if not checkpoint_path(runs, config).exists()]
-    if missing:  # a figure needs no NLL
-        _announce([replace(c, preset=replace(c.preset, nll_k=1)) for c in missing], loaded, chosen_device)
+    try:
+        done = passes_done(runs, configs, loaded.checksum)
+    except checkpoints.CheckpointError as error:
+        raise checkpoints.CheckpointError(str(error).replace("--out", "--runs")) from error
+    untrained = {config: passes for config, passes in done.items() if passes < config.preset.passes}
+    if untrained:  # a figure needs no NLL
+        quick = {replace(c, preset=replace(c.preset, nll_k=1)): passes for c, passes in untrained.items()}
+        _announce(quick, loaded, chosen_device)
     models = []
     with interruptible() as stop, progress() as bars:
         for config in configs:
@@ -282,8 +296,6 @@ def draw_figure(
             except Interrupted:
                 errors.print(f"interrupted: the checkpoint is in {runs}; the same command goes on", markup=False)
                 raise typer.Exit(130) from None
-            except checkpoints.CheckpointError as error:
-                raise checkpoints.CheckpointError(str(error).replace("--out", "--runs")) from error
             bar.close()
     content = figures.content(number, configs, models, loaded, data_dir)
     record = drawing.save(out, content, configs, loaded)
