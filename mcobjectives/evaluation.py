@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mcobjectives.arguments import require_count
-from mcobjectives.model import Latent, ModelError, Samples, has_methods, log_joint, log_weights
+from mcobjectives.model import Latent, ModelError, Samples, has_methods, joined, log_joint, log_weights
 
 _ROWS_AT_ONCE = {"cpu": 2500, "cuda": 200_000}
 _LOG_WEIGHTS_AT_ONCE = 1000
@@ -74,8 +74,13 @@ class Evaluation:
 
     @property
     def unreliable(self) -> float:
-        """Fraction of data points whose k-hat is above min(1 - 1 / log10 k, 0.7): k is too small for them."""
-        threshold = min(1 - 1 / math.log10(self.k), 0.7) if self.k > 1 else 0.7
+        """Fraction of data points whose k-hat is above min(1 - 1 / log10 k, 0.7): k is too small for them.
+
+        NaN for k < 25, where there is no k-hat to tell.
+        """
+        if not tail_length(self.k):
+            return math.nan
+        threshold = min(1 - 1 / math.log10(self.k), 0.7)
         return float((self.khat > threshold).double().mean())
 
     def __repr__(self) -> str:
@@ -177,7 +182,7 @@ def _evaluate_batch(model: Any, x: Any, k: int, chunk_size: int) -> Evaluation:
     for h in _chunks(posterior, k, chunk_size):
         n = len(pytree.tree_leaves(h)[0])
         likelihood = model.log_likelihood(x, h) if apart else None
-        log_p = joint(h) if likelihood is None else likelihood + model.log_prior(h)
+        log_p = joint(h) if likelihood is None else joined(likelihood, model.log_prior(h))
         running.add(log_weights(log_p, posterior.log_prob(h), n), likelihood)
     return running.result(k)
 
@@ -188,6 +193,9 @@ def _chunks(posterior: Any, k: int, chunk_size: int) -> Iterator[Latent]:
     span = max(Samples.BLOCK, chunk_size // Samples.BLOCK * Samples.BLOCK)
     for start in range(0, k, span):
         h = samples.draw(start, min(start + span, k))
+        if span <= chunk_size:
+            yield h  # itself: a flow without an inverse knows the density of these very tensors
+            continue
         for first in range(0, min(span, k - start), chunk_size):
             yield pytree.tree_map(lambda part, i=first: part[i : i + chunk_size], h)
 
@@ -397,7 +405,7 @@ def _batch_means(posterior: Any, half: int) -> list[tuple[Tensor, Tensor | None]
         halves.append([_double(layer).mean(0) for layer in layers])
     means: list[tuple[Tensor, Tensor | None]] = [(_rows(a), _rows(b)) for a, b in zip(*halves, strict=True)]
     exact = _exact_mean(posterior)
-    if exact is not None and exact.shape == halves[0][0].shape:
+    if exact is not None and exact.shape == halves[0][0].shape and bool(exact.isfinite().all()):
         means[0] = _rows(_double(exact)), None
     return means
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from mcobjectives.model import is_transformed
+from mcobjectives.model import at_least_float32, is_transformed
 
 _BLOCK = 160_000
 _GROUP = 16  # a product of 16 factors, each in (1, 2], stays far inside float32
@@ -65,6 +65,7 @@ def discretised_logistic_log_likelihood(mean: Tensor, log_scale: Tensor, x: Tens
     if not mean.shape[-1] == log_scale.shape[-1] == x.shape[-1]:
         sizes = ", ".join(str(t.shape[-1]) for t in (mean, log_scale, x))
         raise ValueError(f"mean, log_scale and x must agree in the last dimension, got {sizes}")
+    mean, log_scale = at_least_float32(mean), at_least_float32(log_scale)
     width = 1 / (levels - 1)
     level = (x.to(mean.dtype) * (levels - 1)).round()
     per_unit = torch.exp((-log_scale).clamp(max=60.0))  # beyond, every probability is 0 or 1, and inf * 0 near
@@ -102,7 +103,7 @@ class _Bernoulli(torch.autograd.Function):
 
 
 def _log_likelihood(logits: Tensor, x: Tensor) -> Tensor:
-    wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    wide = at_least_float32(logits)
     # Minus the log-likelihood as a sum of terms of one sign: no digits are lost where a pixel is certain.
     above, below = wide.clamp(min=0), wide.clamp(max=0)
     if any(map(is_transformed, (wide, x))):

@@ -101,15 +101,24 @@ def log_joint(model: Any, x: Any, kl_weight: float = 1.0) -> Density:
     require(model, "a tempered objective" if kl_weight != 1.0 else "an objective", "log_likelihood", "log_prior")
 
     def joint(h: Latent) -> Tensor:
-        likelihood, prior = model.log_likelihood(x, h), model.log_prior(h)
-        if likelihood.shape != prior.shape:  # adding them would broadcast
-            raise ModelError(
-                f"log_likelihood(x, h) has shape {tuple(likelihood.shape)} and log_prior(h) {tuple(prior.shape)}: "
-                "both must be (k, batch)"
-            )
-        return likelihood + kl_weight * prior
+        return joined(model.log_likelihood(x, h), model.log_prior(h), kl_weight)
 
     return joint
+
+
+def joined(likelihood: Tensor, prior: Tensor, kl_weight: float = 1.0) -> Tensor:
+    """log p(x | h) + kl_weight * log p(h), once both are known to have one shape; not added in half precision."""
+    if likelihood.shape != prior.shape:  # adding them would broadcast
+        raise ModelError(
+            f"log_likelihood(x, h) has shape {tuple(likelihood.shape)} and log_prior(h) {tuple(prior.shape)}: "
+            "both must be (k, batch)"
+        )
+    return at_least_float32(likelihood) + kl_weight * at_least_float32(prior)
+
+
+def at_least_float32(log_p: Tensor) -> Tensor:
+    """Sums of densities are never left in half precision, where the spacing near 100 nats is half a nat."""
+    return log_p.float() if log_p.dtype in (torch.bfloat16, torch.float16) else log_p
 
 
 def has_rsample(posterior: Any) -> bool:
@@ -135,9 +144,7 @@ def log_weights(log_p: Tensor, log_q: Tensor, expected_k: int) -> Tensor:
         )
     if log_p.shape[1] == 0:
         raise ModelError("the batch is empty: log-weights of shape (k, 0)")
-    # Sums of densities are never left in half precision, where the spacing near 100 nats is half a nat.
-    log_p, log_q = (v.float() if v.dtype in (torch.bfloat16, torch.float16) else v for v in (log_p, log_q))
-    log_w = log_p - log_q
+    log_w = at_least_float32(log_p) - at_least_float32(log_q)
     if may_synchronise(log_w) and not bool((log_w < torch.inf).all()):
         raise ValueError(_describe_bad(log_p, log_q))
     return log_w
@@ -278,6 +285,12 @@ def cast_anew() -> None:
 def rng_state() -> tuple[Tensor, Tensor | None]:
     on_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     return torch.get_rng_state(), torch.cuda.get_rng_state() if on_cuda else None
+
+
+def same_state(before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None]) -> bool:
+    return all(
+        a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in zip(before, after, strict=True)
+    )
 
 
 def set_rng_state(state: tuple[Tensor, Tensor | None]) -> None:

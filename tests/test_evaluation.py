@@ -11,10 +11,13 @@ from torch import Tensor
 from torch.distributions import (
     AffineTransform,
     Bernoulli,
+    Categorical,
     Independent,
     MultivariateNormal,
     Normal,
+    Transform,
     TransformedDistribution,
+    constraints,
     kl_divergence,
 )
 
@@ -355,7 +358,72 @@ def test_unreliable_counts_heavy_tails():
     normal = torch.randn(5000, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
     found = of_weights(normal * torch.tensor([0.3, 0.3, 5.0]))
     assert found.unreliable == pytest.approx(1 / 3)
-    assert of_weights(torch.zeros(1, 2)).unreliable == 0
+    assert of_weights(torch.zeros(25, 2)).unreliable == 0
+
+
+@pytest.mark.parametrize("k", [1, 5, 24])
+def test_where_there_is_no_khat_nothing_is_called_reliable(k):
+    found = of_weights(torch.linspace(0, 99, k).unsqueeze(1))
+    assert math.isnan(found.unreliable) and found.to_dict()["khat_unreliable"] is None
+
+
+class Changed(LinearGaussian):
+    """Both parts of log p(x, h) changed by a function, or the prior alone."""
+
+    def __init__(self, prior, likelihood=lambda p: p):
+        super().__init__()
+        self.prior, self.likelihood = prior, likelihood
+
+    def log_prior(self, h):
+        return self.prior(super().log_prior(h))
+
+    def log_likelihood(self, x, h):
+        return self.likelihood(super().log_likelihood(x, h))
+
+
+@pytest.mark.parametrize("change", [lambda p: p[:, :1], lambda p: p[0]])
+def test_a_prior_of_another_shape_is_refused_as_the_objectives_do(change):
+    with pytest.raises(ModelError, match=r"log_likelihood\(x, h\) has shape .* both must be \(k, batch\)"):
+        evaluate(Changed(change), data(), k=5)
+
+
+def test_parts_in_half_precision_are_added_in_float32():
+    def rounded(p):
+        return (p * 20).bfloat16()
+
+    def widened(p):
+        return rounded(p).float()
+
+    for estimate in (lambda model: evaluate(model, data(), k=5).elbo, lambda model: IWAE(k=5).bound(model, data())):
+        found = []
+        for change in (rounded, widened):
+            torch.manual_seed(0)
+            found.append(estimate(Changed(change, change)))
+        assert torch.equal(*found)
+
+
+def test_a_flow_without_an_inverse_can_be_evaluated():
+    class Shear(Transform):
+        bijective, domain, codomain = True, constraints.real_vector, constraints.real_vector
+
+        def __init__(self):
+            super().__init__(cache_size=1)
+
+        def _call(self, h):
+            return h + torch.stack([torch.zeros(h.shape[:-1]), h[..., 0].sin()], -1)
+
+        def log_abs_det_jacobian(self, h, g):
+            return torch.zeros(h.shape[:-1])
+
+    class Sheared:
+        def posterior(self, x):
+            return TransformedDistribution(Independent(Normal(torch.zeros(len(x), 2), 1.0), 1), [Shear()])
+
+        def log_joint(self, x, h):  # of the very same distribution: every weight is one
+            undone = h - torch.stack([torch.zeros(h.shape[:-1]), h[..., 0].sin()], -1)
+            return Normal(0.0, 1.0).log_prob(undone).sum(-1)
+
+    assert evaluate(Sheared(), torch.zeros(3, 1), k=120, chunk_size=50).nll == pytest.approx(0.0, abs=1e-6)
 
 
 # Active units.
@@ -462,3 +530,10 @@ def test_event_shapes_are_flattened():
     assert layer.variance.shape == (6,)
     with pytest.raises(ValueError, match="n must be an integer of at least 2"):
         layer_activity(Encoder(TwoLayers), torch.randn(3, 2), n=1)
+
+
+def test_a_mean_that_torch_gives_as_nan_is_estimated():
+    logits = 4 * torch.randn(100, 2, 3, generator=torch.Generator().manual_seed(0))
+    [layer] = layer_activity(Encoder(lambda x: Independent(Categorical(logits=x), 1)), logits, n=2000)
+    exact = logits.softmax(-1) @ torch.arange(3.0)
+    assert layer.variance == pytest.approx(exact.var(0), rel=0.05) and layer.units == [0, 1]

@@ -218,6 +218,15 @@ def test_a_sum_over_pixels_that_broadcasts_over_samples():
     torch.testing.assert_close(result.flatten(), loop)
 
 
+def test_the_discretised_logistic_is_not_summed_in_half_precision():
+    mean, log_scale, x = drawn(4, 784), drawn(4, 784, seed=1) - 3, drawn(4, 784, seed=2)
+    halves = mean.bfloat16(), log_scale.bfloat16()
+    found = discretised_logistic_log_likelihood(*halves, x)
+    expected = discretised_logistic_log_likelihood(*(half.double() for half in halves), x.double())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-2)
+
+
 def test_derivatives_of_the_discretised_logistic():
     mean = drawn(4, 3, 6, dtype=torch.float64).requires_grad_()
     log_scale = (drawn(4, 3, 6, seed=1, dtype=torch.float64) * 12 - 7).requires_grad_()  # both sides of the series
