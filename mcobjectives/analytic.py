@@ -46,6 +46,11 @@ def _standard_normal(model: Any, h: Latent) -> Distribution:
     if h.ndim > 2:  # torch knows no divergence from a Normal to an Independent of no dimensions
         standard = Independent(standard, h.ndim - 2)
     given, expected = model.log_prior(h.detach()), standard.log_prob(h.detach())
+    if given.requires_grad:
+        raise ModelError(
+            "analytic_kl=True: log_prior has parameters, which would get no gradient: give the model a `prior` (a "
+            "torch Distribution that holds them), or use analytic_kl=False"
+        )
     if given.shape != expected.shape or not torch.allclose(given, expected, rtol=1e-3, atol=1e-3):
         raise ModelError(
             "analytic_kl=True: the model's log_prior is not N(0, I): give the model a `prior` (a torch Distribution), "

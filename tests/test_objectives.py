@@ -6,7 +6,7 @@ import copy
 import math
 import pickle
 import re
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, dataclass, replace
 
 import numpy as np
 import pytest
@@ -31,7 +31,20 @@ from toys import (
     registered,
 )
 
-from mcobjectives import CIWAE, IWAE, MIWAE, VAE, LAlpha, Median, ModelError, Power, Split, derivatives, objective_names
+from mcobjectives import (
+    CIWAE,
+    IWAE,
+    MIWAE,
+    VAE,
+    LAlpha,
+    Median,
+    ModelError,
+    Objective,
+    Power,
+    Split,
+    derivatives,
+    objective_names,
+)
 
 K = 6
 EVERY = registered(K)
@@ -354,6 +367,24 @@ def test_analytic_kl_is_refused_where_it_is_not_known():
     with pytest.raises(ModelError, match=r"not N\(0, I\)"):
         objective(OtherPrior(), OtherPrior().data())
 
+    class OwnPrior(LinearGaussian):
+        def __init__(self):
+            super().__init__()
+            self.prior_loc = torch.nn.Parameter(torch.zeros(self.q_offset.shape, dtype=F64))
+
+        def log_prior(self, h):  # N(0, I) as yet
+            return super().log_prior(h - self.prior_loc)
+
+        def posterior(self, x):
+            return torch.distributions.Independent(
+                torch.distributions.Normal(x @ self.q_gain.T + self.q_offset, 1.0), 1
+            )
+
+    model = OwnPrior()
+    with pytest.raises(ModelError, match="log_prior has parameters, which would get no gradient"):
+        objective(model, model.data())
+    assert torch.isfinite(objective.bound(model, model.data())).all()  # without a graph there is none to lose
+
     class Cauchy(LinearGaussian):
         def posterior(self, x):
             loc = x @ self.q_gain.T + self.q_offset
@@ -411,6 +442,35 @@ def test_an_objective_used_once_pickles_and_compares_as_before():
     model, objective = LinearGaussian(), IWAE(k=3, gradient="dreg")
     objective(model, model.data())
     assert pickle.loads(pickle.dumps(objective)) == objective == IWAE(k=3, gradient="dreg")
+
+
+@dataclass(frozen=True)
+class Tabled(Objective):
+    """A plugin that keeps something beside its fields, and has an option that is on by default."""
+
+    k: int = 4
+    centred: bool = True
+
+    def __post_init__(self):
+        object.__setattr__(self, "table", torch.arange(self.k))
+        super().__post_init__()
+
+    def reduce(self, log_w):
+        return log_w.mean(0) + 0 * self.table.sum()
+
+
+@pytest.mark.parametrize("twin", [copy.copy, copy.deepcopy, lambda objective: pickle.loads(pickle.dumps(objective))])
+def test_copies_keep_what_a_plugin_has_set(twin):
+    objective = Tabled(k=3)
+    assert objective.slopes_vary is False  # cached
+    found = twin(objective)
+    assert found == objective and torch.equal(found.table, objective.table) and "slopes_vary" not in vars(found)
+
+
+def test_a_repr_shows_an_option_that_was_switched_off():
+    off = Tabled(centred=False)
+    assert repr(off) == "Tabled(k=4, centred=False)" and eval(repr(off)) == off
+    assert repr(VAE()) == "VAE(k=1)" and repr(VAE(analytic_kl=True)) == "VAE(k=1, analytic_kl=True)"
 
 
 BAD_ARGUMENTS = [
