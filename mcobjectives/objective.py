@@ -32,7 +32,7 @@ from mcobjectives.model import (
     require,
     rng_state,
 )
-from mcobjectives.replay import replayed, require_unchanged
+from mcobjectives.replay import no_draws, replayed, require_unchanged
 from mcobjectives.resampling import select
 from mcobjectives.surrogate import PLAIN, Plan, Ratio, plan_of, terms, with_value
 
@@ -134,17 +134,16 @@ class Objective(ABC):
     def bound(self, model: Any, x: Any) -> Tensor:
         """The bound for each data point, `(batch,)`, without a graph."""
         with torch.no_grad():
-            samples, log_p, log_q = self._open(model, x)
-            bound = self._reduce_checked(self._log_weights(samples, log_p, log_q))
-        cast_anew()
-        return bound
+            return self.surrogate(model, x)
 
     def surrogate(self, model: Any, x: Any) -> Tensor:
         """The bound for each data point, `(batch,)`, whose gradient is the estimator's."""
         samples, log_p, log_q = self._open(model, x)
+        if not torch.is_grad_enabled():
+            return self._reduce_checked(self._log_weights(samples, log_p, log_q))
         if self.backward_samples is not None:
             return self._resampled(samples, log_p, log_q)
-        if self.chunk_size is not None and torch.is_grad_enabled():
+        if self.chunk_size is not None:
             return self._chunked(samples, log_p, log_q)
         ratio = Ratio()
         whole = terms(self._plan, log_p, log_q, samples.draw(), self.k, self.tempering, ratio)
@@ -243,9 +242,11 @@ class Objective(ABC):
         chosen = pytree.tree_map(lambda part: _pick(part, index), h) if h is not None else self._redraw(samples, index)
         if samples.attach is not None:
             chosen = samples.attach(chosen)
-        kept = terms(self._plan, log_p, log_q, chosen, m, self.tempering, ratio)
+        what = "log p(x, h) - log q(h | x)"
+        with no_draws(what, index):
+            kept = terms(self._plan, log_p, log_q, chosen, m, self.tempering, ratio)
         # Loosely: in half precision m rows are not multiplied as k rows are, to the last of their few bits.
-        require_unchanged(kept.log_w, log_w.gather(0, index), "log p(x, h) - log q(h | x)", tolerance=1e-2)
+        require_unchanged(kept.log_w, log_w.gather(0, index), what, tolerance=1e-2)
         return with_value(kept.weighted_sum(weights), bound)
 
     def _redraw(self, samples: Samples, index: Tensor) -> Latent:
@@ -311,11 +312,15 @@ class Objective(ABC):
             cls.__repr__ = Objective.__repr__  # type: ignore[method-assign]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}  # and not what is cached beside the fields
+        def cached(name: str) -> bool:
+            return isinstance(getattr(type(self), name, None), cached_property)
+
+        return {name: value for name, value in vars(self).items() if not cached(name)}
 
     def __repr__(self) -> str:
         base = {f.name for f in fields(Objective)}
-        shown = [f for f in fields(self) if f.name not in base and getattr(self, f.name) is not False]
+        own = [f for f in fields(self) if f.name not in base]
+        shown = [f for f in own if f.default is not False or getattr(self, f.name) is not False]
         shown += [f for f in fields(self) if f.name in base and getattr(self, f.name) != f.default]
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 

@@ -68,6 +68,11 @@ def plan_of(weights: Any, k: int) -> Plan:
     a, c, s = weights(torch.randn(k, 5, generator=generator, dtype=torch.float64) * spread)
     if a is None:
         raise ValueError("an estimator must weight log p(x, h): a is None")
+    for name, array in (("a", a), ("c", c), ("s", s)):
+        if array is not None and array.shape != (k, 5):  # it would broadcast
+            raise ValueError(
+                f"an estimator's weights must be (k, batch): {name} is {tuple(array.shape)} for ({k}, 5) log-weights"
+            )
     ratio = c is not None and bool((a >= 0).all() and (c.abs() <= 100 * a).all())
     return Plan(path=c is not None, score=s is not None, ratio=ratio)
 

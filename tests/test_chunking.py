@@ -134,6 +134,44 @@ def test_kept_samples_whose_weights_change_when_evaluated_again_raise(make, grad
         objective(model, model.data())
 
 
+class FarDropout(LinearGaussian):
+    """A dropout whose change is small beside log p(x, h), as with hundreds of pixels, and large in a weight."""
+
+    def log_likelihood(self, x, h):
+        return super().log_likelihood(x, torch.nn.functional.dropout(h, 0.3, self.training)) - 1e5
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize("gradient", ["reparam", "dreg", "vimco"])
+def test_kept_samples_whose_weights_change_by_little_beside_them_raise(gradient, chunk_size):
+    model = FarDropout().off_posterior()
+    objective = IWAE(k=6, gradient=gradient, backward_samples=2, chunk_size=chunk_size)
+    with pytest.raises(RuntimeError, match="dropout"):
+        objective(model, model.data())
+    assert torch.isfinite(objective(model.eval(), model.data()))
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        IWAE(k=6, backward_samples=2),
+        IWAE(k=6, gradient="dreg", chunk_size=4),
+        Median(k=6, gradient="score"),
+        Median(k=6, backward_samples=2),
+        Split(IWAE(k=6), Median(k=6)),
+    ],
+    ids=repr,
+)
+def test_the_loss_without_a_graph_is_the_bound_whatever_the_estimator(objective, context):
+    model = Dropout().off_posterior()
+    with context():
+        torch.manual_seed(0)
+        loss = objective(model, model.data())
+        torch.manual_seed(0)
+        assert torch.equal(loss, -objective.bound(model, model.data()).mean())
+
+
 @pytest.mark.parametrize("options", [{}, {"gradient": "vimco"}, {"gradient": "dreg"}], ids=str)
 def test_parameters_changed_before_the_backward_pass_raise(options):
     model = LinearGaussian().off_posterior()

@@ -373,6 +373,22 @@ def test_an_estimator_must_weight_the_joint(monkeypatch):
         NoTheta(k=3)
 
 
+@pytest.mark.parametrize(
+    ("weights", "which"),
+    [
+        (lambda log_w: (log_w, None, log_w.mean(0)), "s is \\(5,\\) for \\(3, 5\\)"),
+        (lambda log_w: (log_w[:1], None, None), "a is \\(1, 5\\)"),
+    ],
+)
+def test_weights_that_would_broadcast_are_refused(weights, which):
+    class Odd(IWAE):
+        def weights(self, log_w):
+            return weights(log_w)
+
+    with pytest.raises(ValueError, match=which):
+        Odd(k=3)
+
+
 def second_derivative(objective: Objective, model: LinearGaussian, name: str) -> torch.Tensor:
     parameter = dict(model.named_parameters())[name]
     torch.manual_seed(0)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mcobjectives.model import ModelError, rng_state
+from mcobjectives.model import ModelError, rng_state, same_state
 from mcobjectives.pyro.programs import Layout, Recorder, Site
 from mcobjectives.pyro.structure import Structure, check_guide, check_matched, check_random, inspect
 
@@ -250,10 +250,11 @@ class GuidePosterior:
             else:
                 before = rng_state()
                 h.trace = self._record(h.k, given=given, draw=False)
-                if not _same(before, rng_state()):
+                if not same_state(before, rng_state()):
                     raise ModelError(
                         "the guide draws random numbers outside its sample sites (dropout?), so its density cannot be "
-                        "evaluated again at its samples: make them sites, or switch them off by eval()"
+                        "evaluated again at its samples, nor for more than 50 of them, which are drawn in blocks: make "
+                        "them sites, or switch them off by eval()"
                     )
         assert h.trace is not None
         return h.trace
@@ -264,9 +265,3 @@ class GuidePosterior:
         check_guide(trace)
         check_random(trace)
         return trace
-
-
-def _same(before: Iterable[Tensor | None], after: Iterable[Tensor | None]) -> bool:
-    return all(
-        a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in zip(before, after, strict=True)
-    )
