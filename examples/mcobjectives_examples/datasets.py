@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ __all__ = [
     "data_dir",
     "default_binarisation",
     "load",
+    "require_mode",
     "status",
     "test_set",
 ]
@@ -39,6 +40,7 @@ __all__ = [
 MODES = ("fixed", "once", "epoch")
 TEST_SEED = 150900519
 DIGITS_SEED = 0
+NOT_BGS16S = "not BGS16's own file"
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,13 @@ def load(name: str, data_dir: str | Path | None = None, *, download: bool = Fals
         return source.read(source, folder)
     except OSError as error:
         raise DataError(f"{name}: cannot read {error.filename or folder}: {error.strerror or error}") from error
+
+
+def vouched(source: str, verified: Iterable[bool | None]) -> str:
+    """What is known of the files that data were read from: verified, or not, or that they are other files."""
+    if all(verified):
+        return "verified"
+    return NOT_BGS16S if NOT_BGS16S in source else "no official checksum"
 
 
 def default_binarisation(name: str) -> str:
@@ -259,9 +268,13 @@ def _data_file(file: SourceFile, folder: Path) -> DataFile:
 
 
 def _check_mode(pixels: torch.Tensor, mode: str) -> None:
+    require_mode(mode, mode in MODES and _binary_pixels(pixels, "binarisation"))
+
+
+def require_mode(mode: str, binary: bool) -> None:
+    """Raise `DataError` unless the protocol is one, and fits pixels that are binary already, or not."""
     if mode not in MODES:
         raise DataError(f"unknown binarisation {mode!r}: choose from {', '.join(MODES)}")
-    binary = _binary_pixels(pixels, "binarisation")
     if mode == "fixed" and not binary:
         raise DataError("binarisation 'fixed' needs pixels that are 0 or 1 already: use 'once' or 'epoch' for grey")
     if mode != "fixed" and binary:
@@ -330,7 +343,7 @@ def _read_omniglot(source: Source, folder: Path) -> Dataset:
     except Exception as error:  # foreign bytes fail in loadmat in many ways
         raise DataError(f"{path} is truncated or no .mat file with data and testdata; move it away") from error
     if file.official is None or not downloads.matches(path, file.official):
-        about = f"{path.name}, not BGS16's own file ({file.official}): another one, its pixels taken as row-major"
+        about = f"{path.name}, {NOT_BGS16S} ({file.official}): another one, its pixels taken as row-major"
         return _dataset(source, parts, (DataFile(file.path, file_digest(path), None),), about)
     height, width = source.shape
     parts = [part.reshape(-1, width, height).transpose(0, 2, 1).reshape(len(part), -1) for part in parts]

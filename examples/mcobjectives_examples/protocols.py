@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from mcobjectives_examples.blocks import Block, Table
+from mcobjectives_examples.datasets import vouched
 from mcobjectives_examples.presets import Preset
 from mcobjectives_examples.records import Records
 from mcobjectives_examples.render import machine, short_commit
@@ -43,7 +44,7 @@ def _data(results: Iterable[dict[str, Any]]) -> Table:
     lines = []
     for data in distinct.values():
         for file in data.get("files", []):
-            verified = "yes" if file.get("verified") else "no official checksum"
+            verified = vouched(str(data.get("source", "")), [file.get("verified")])
             sizes = f"{data.get('train', '')} / {data.get('test', '')}"
             lines.append([str(data.get("name", "")), sizes, file.get("path", ""), file.get("sha256", ""), verified])
     note = "; ".join(dict.fromkeys(f"{d.get('name', '')}: {d.get('source', '')}" for d in distinct.values()))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mcobjectives_examples import blocks
-from mcobjectives_examples.datasets import DATASETS, default_binarisation
+from mcobjectives_examples.datasets import DATASETS, default_binarisation, vouched
 from mcobjectives_examples.findings import Finding
 from mcobjectives_examples.paper import table
 from mcobjectives_examples.tables import Row
@@ -110,7 +110,7 @@ def caption(table_rows: Sequence[Row]) -> str:
     preset = config.preset
     checksums = {r["data"]["sha256"][:12]: r["data"] for row in table_rows for r in row.results if r is not None}
     data = "; ".join(
-        f"data sha256 {sha}… ({'verified' if all(f['verified'] for f in d['files']) else 'no official checksum'})"
+        f"data sha256 {sha}… ({vouched(d.get('source', ''), [f['verified'] for f in d['files']])})"
         for sha, d in checksums.items()
     )
     least = min((d["test"] for d in checksums.values()), default=math.inf)

@@ -52,7 +52,7 @@ def data(
     from rich.markup import escape
 
     from mcobjectives.cli.show import console, grid
-    from mcobjectives_examples.datasets import DATASETS, status
+    from mcobjectives_examples.datasets import DATASETS, status, vouched
     from mcobjectives_examples.datasets import data_dir as folder_of
 
     if as_json or download:  # whose own bars show how far it is
@@ -66,11 +66,13 @@ def data(
         table = grid("data set", "there", "verified", "images", "about")
         for row in rows:
             images = "" if row.train is None else f"{row.train:,} + {row.test:,}"
-            verified = {True: "yes", False: "[red]NO[/]", None: "no official checksum" if row.present else ""}
+            unknown = vouched(row.source, [None]) if row.present else ""
+            verified = {True: "yes", False: "[red]NO[/]", None: unknown}
             about = row.message if row.message and (row.present or download) else row.source
             table.add_row(row.name, "yes" if row.present else "no", verified[row.verified], images, escape(about))
         console.print(table)
-        console.print(f"Data folder: {folder_of(data_dir)} (--data-dir or MCOBJECTIVES_DATA choose another)")
+        folder = escape(str(folder_of(data_dir)))
+        console.print(f"Data folder: {folder} (--data-dir or MCOBJECTIVES_DATA choose another)")
         for row in rows:
             if not row.present and not download:
                 files = ", ".join(file.path for file in DATASETS[row.name].files)
