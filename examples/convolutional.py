@@ -209,11 +209,13 @@ def main() -> None:
     preset = PRESETS[arguments.preset]
     surroundings = provenance()
     try:
-        preset = preset.with_passes(arguments.passes) if arguments.passes else preset
+        preset = preset if arguments.passes is None else preset.with_passes(arguments.passes)
         device = pick_device(arguments.device)
         for spec in arguments.objective:
             parse_objective(spec)
         images = read(arguments.dataset, arguments.data_dir, arguments.download)
+        if arguments.out:
+            checkpoints.require_writable(arguments.out)
         rows = [run(s, images, preset, arguments.seed, arguments.runs, device) for s in arguments.objective]
     except (ValueError, DataError, checkpoints.CheckpointError, checkpoints.OutputError) as error:
         sys.exit(f"convolutional.py: {error}")

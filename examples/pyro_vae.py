@@ -8,6 +8,7 @@ many samples, through the same pair as a Model of this library.
 """
 
 import argparse
+import sys
 
 import pyro
 import pyro.distributions as dist
@@ -55,7 +56,10 @@ def main() -> None:
     x = (torch.from_numpy(load_digits().data) > 7).float()
     train, test = x[:1500], x[1500:]
     vae = VAE()
-    objective = get_objective(options.objective)(k=options.k, gradient=options.gradient)
+    try:
+        objective = get_objective(options.objective)(k=options.k, gradient=options.gradient)
+    except (TypeError, ValueError) as error:  # MIWAE has k1 and k2, the median no DReG
+        sys.exit(f"pyro_vae.py: {options.objective} with k and gradient={options.gradient!r}: {error}")
     svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 3e-3}), loss=ObjectiveELBO(objective))
     pair = PyroModel(vae.model, vae.guide)
     for epoch in range(1, options.epochs + 1):

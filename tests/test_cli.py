@@ -374,6 +374,10 @@ def refused(done, *parts):
         (["reproduce", "--table", "1", "--dataset", "digit"], "did you mean 'digits'?"),
         (["reproduce", "--table", "1", "--dataset", "digits", "--preset", "quick"], "unknown preset 'quick'"),
         (["reproduce", "--table", "1", "--dataset", "digits", "--binarisation", "fixed"], "binarisation 'fixed' needs"),
+        (["reproduce", "--table", "2", "--binarisation", "typo", "--no-run"], "unknown binarisation 'typo'"),
+        (["reproduce", "--table", "all", "--binarisation", "typo"], "unknown binarisation 'typo'"),
+        (["reproduce", "--table", "all", "--binarisation", "fixed"], "binarisation 'fixed' needs"),
+        (["reproduce", "--table", "all", "--layers", "3", "--no-run"], "no table has rows of 3 layers"),
         (["reproduce", "--table", "1", "--data-dir", "none"], "--download"),
         (["reproduce", "--table", "1", "--dataset", "digits", "--seeds", "0"], "--seeds"),
         (["reproduce"], "--table"),
@@ -426,6 +430,19 @@ def test_what_is_wrong_with_a_last_cell_or_table_is_told_before_the_first_is_run
         refused(done, "not a readable checkpoint", broken.name)
         assert list(tmp_path.iterdir()) == [broken] and broken.read_text() == "no checkpoint"
         broken.unlink()
+
+
+def test_a_figure_is_refused_where_its_file_or_models_cannot_be(mcobj, tmp_path):
+    pytest.importorskip("matplotlib")
+    quick = ["--dataset", "digits", "--runs", tmp_path, "--set", "k=2", "--set", "nll_k=20", "--device", "cpu"]
+    (tmp_path / "file").write_text("")
+    done = mcobj("figure", "5", *quick, "--set", "passes=1", "--out", tmp_path / "file" / "figure.png")
+    assert done[0] == 1 and "cannot write" in done[2] and not list(tmp_path.glob("*.pt"))
+    mcobj("train", *QUICK, "--objective", "vae", "--out", tmp_path)
+    [checkpoint] = tmp_path.glob("*.pt")
+    checkpoint.unlink()  # its record is kept: no model of other settings is put beside it
+    refused(mcobj("figure", "3", *quick, "--set", "passes=2"), "was recorded with other settings", "another --runs")
+    assert not list(tmp_path.glob("*.pt"))
 
 
 def test_an_output_folder_that_is_a_file(mcobj, tmp_path):
@@ -548,6 +565,11 @@ def test_what_cannot_be_stacked_is_said(mcobj, tmp_path):
     arguments = ["reproduce", "--table=6", "--dataset=digits", "--stack", "--set=passes=1", "--set=nll_k=20"]
     _, _, err = mcobj(*arguments, f"--out={tmp_path}")
     assert "nothing to stack: no two cells differ in seed or binarisation alone; try --seeds 3" in " ".join(err.split())
+    _, _, err = mcobj(*arguments, f"--out={tmp_path}")
+    assert "to stack" not in err  # nor anything else to do
+    _, _, err = mcobj(*arguments, "--binarisation=both", "--set=k=1", f"--out={tmp_path / 'both'}")
+    engines = {json.loads(path.read_text())["engine"] for path in (tmp_path / "both").glob("*.json")}
+    assert "to stack" not in err and engines == {"stacked-eager"}
     _, _, err = mcobj(*arguments, "--seeds=2", "--set=k=2", f"--out={tmp_path / 'two'}")
     assert "on a CPU only cells of k = 1 are stacked: the others are trained one by one" in " ".join(err.split())
 

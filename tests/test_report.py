@@ -285,6 +285,23 @@ def test_k_that_the_paper_has_is_no_cap(tmp_path):
     assert [row.complete for row in run.rows if row.objective.endswith("(k=50)")] == [False] * 4
 
 
+@pytest.mark.parametrize("number", ["5", "6", "7", "8"])
+@pytest.mark.parametrize("cap", [4, 5])
+def test_a_cap_is_found_out_from_any_tables_cells(tmp_path, number, cap):
+    for config in configurations(rows(number, get_preset("smoke"), dataset="digits", cap=cap)):
+        record(tmp_path, config)
+    record(tmp_path, Config("digits", "once", 1, "not_installed(k=3)", get_preset("smoke")))
+    runs = records.table_runs(records.read(tmp_path))
+    assert all(row.complete and row.k <= cap for run in runs if run.number == number for row in run.rows)
+    assert number in {run.number for run in runs}
+
+
+def test_a_figure_whose_name_ends_in_a_seed_is_no_cell(tmp_path):
+    record(tmp_path, configurations(rows(5, SHORT))[0])
+    (tmp_path / "figure-5-seed0.png.json").write_text("{}")
+    assert len(records.read(tmp_path)) == 1
+
+
 def test_the_second_stage_belongs_to_its_first(tmp_path):
     for config in configurations(rows(10, SHORT)):
         record(tmp_path, config)

@@ -10,11 +10,11 @@ from mcobjectives_examples import render
 from mcobjectives_examples.cells import passes_done, recorded, result_path, run_cell
 from mcobjectives_examples.cells import test_images as images_of
 from mcobjectives_examples.checkpoints import CheckpointError, write_json
-from mcobjectives_examples.datasets import DATASETS, default_binarisation, load
+from mcobjectives_examples.datasets import DATASETS, DataError, default_binarisation, load
 from mcobjectives_examples.findings import findings
 from mcobjectives_examples.paper import paper, table
 from mcobjectives_examples.presets import get_preset
-from mcobjectives_examples.tables import configurations, estimate_seconds, rows, with_results
+from mcobjectives_examples.tables import configurations, estimate_seconds, protocols, rows, with_results
 from mcobjectives_examples.training import Trainer
 
 CPU = torch.device("cpu")
@@ -163,8 +163,45 @@ def test_a_second_stage_without_a_first_one_to_go_on_from_is_refused(digits, tmp
     assert passes_done(tmp_path, [first, second], digits.checksum) == {first: 0, second: 0}
     with pytest.raises(CheckpointError, match=rf"which is not there: move {first.name}\.json away"):
         passes_done(tmp_path, [second], digits.checksum)
-    Trainer(first, digits, CPU, tmp_path / f"{first.name}.pt").save()
+    path = tmp_path / f"{first.name}.pt"
+    path.write_text("no checkpoint")
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        passes_done(tmp_path, [second], digits.checksum)
+    Trainer(first, digits, CPU, path).save()
+    with pytest.raises(CheckpointError, match="not trained to its end"):
+        passes_done(tmp_path, [second], digits.checksum)
+    Trainer(first, digits, CPU, path).run()
     assert passes_done(tmp_path, [second], digits.checksum) == {second: 0}
+
+
+def test_a_first_stage_of_other_settings_than_the_recorded_one_is_refused(digits, tmp_path):
+    """As a figure's model may be that was trained beside the records: the second stage would not be the caption's."""
+    row = rows(10, TINY, dataset="digits", cap=2)[0]
+    [first], [second] = row.first_stages, row.configs
+    run_cell(first, digits, tmp_path, CPU)
+    (tmp_path / f"{first.name}.pt").unlink()
+    other = dataclasses.replace(first, preset=TINY.with_passes(2))
+    Trainer(other, digits, CPU, tmp_path / f"{first.name}.pt").run()
+    for run in (
+        lambda: run_cell(second, digits, tmp_path, CPU),
+        lambda: passes_done(tmp_path, [second], digits.checksum),
+    ):
+        with pytest.raises(CheckpointError, match=r"trained with other settings than .*move both away"):
+            run()
+    assert not (tmp_path / f"{second.name}.json").exists()
+
+
+@pytest.mark.parametrize("dataset", [None, "digits", "binarized_mnist"])
+def test_a_protocol_that_is_none_is_refused_whatever_the_data(dataset):
+    for number in TABLES:
+        for strict in (True, False):
+            with pytest.raises(DataError, match="unknown binarisation 'epch': choose from fixed, once, epoch"):
+                protocols(number, dataset, "epch", strict=strict)
+    with pytest.raises(DataError, match="'fixed' needs pixels that are 0 or 1"):
+        protocols("2", None, "fixed", strict=False)
+    with pytest.raises(DataError, match="'once' would change nothing"):
+        protocols("1", None, "once", strict=True)
+    assert protocols("1", None, "once", strict=False) == [None] and protocols("1", None, "fixed", strict=True)
 
 
 # Findings.
@@ -436,6 +473,19 @@ def test_other_data_than_the_papers_is_never_compared():
     for part in ("preset smoke: 12 passes (the paper's: 3280)", "1 seed;", "digits, binarisation once", "sha256 abc"):
         assert part in caption
     assert "k capped at 5" in caption and "not the paper's data set" in caption
+
+
+def test_the_caption_tells_that_omniglot_is_not_bgs16s(tmp_path):
+    grid = rows(3, TINY)
+    for source, verified, said in (
+        ("chardata.mat, BGS16's own file", True, "(verified)"),
+        ("chardata.mat, not BGS16's own file (git-blob:0): another one", None, "(not BGS16's own file)"),
+        ("some digits", None, "(no official checksum)"),
+    ):
+        made = result(grid[0].configs[0])
+        made["data"] |= {"source": source, "files": [{"verified": verified}]}
+        write_json(result_path(tmp_path, grid[0].configs[0]), made)
+        assert said in render.caption(with_results(grid, tmp_path))
 
 
 def test_the_caption_tells_what_was_evaluated():

@@ -87,6 +87,9 @@ def test_fewer_passes_cut_the_stages_and_more_are_refused():
     assert paper.with_passes(5).learning_rate(4.5) == paper.learning_rate(4.5)
     with pytest.raises(ValueError, match="3281 are more than its schedule"):
         paper.with_passes(3281)
+    for preset in (paper, get_preset("short")):
+        with pytest.raises(ValueError, match="passes must be an integer of at least 1, got 0"):
+            preset.with_passes(0)
 
 
 def test_a_second_stage_is_no_longer_than_the_first():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -72,8 +73,8 @@ def recorded(out: Path, config: Config, dataset_sha256: str | None = None) -> di
 def passes_done(out: Path, configs: Sequence[Config], dataset_sha256: str) -> dict[Config, int]:
     """How many passes the checkpoints of cells that are to be run hold, 0 without one.
 
-    Raises `CheckpointError` where one is broken or another run's, or where a second stage's first one is neither among
-    the cells nor there: before work on any of them, not when its turn comes.
+    Raises `CheckpointError` where one is broken or another run's, or where a second stage's first one is not among the
+    cells and cannot be gone on from: before work on any of them, not when its turn comes.
     """
     names = {config.name for config in configs}
     done = dict.fromkeys(configs, 0)
@@ -89,14 +90,43 @@ def passes_done(out: Path, configs: Sequence[Config], dataset_sha256: str) -> di
                     f"{config.name} goes on from {first}, which is not there: move {first.stem}.json away to train "
                     "that first stage again, or choose another --out"
                 )
+            first_stage(out, config, dataset_sha256)
     return done
+
+
+def first_stage(out: Path, config: Config, dataset_sha256: str) -> dict[str, Any]:
+    """The checkpoint that a second stage goes on from.
+
+    Raises `CheckpointError` unless it is of a finished first stage of this very cell, and of the run that is recorded
+    beside it, if one is.
+    """
+    path = out / f"{config.first_stage_name}.pt"
+    state = checkpoints.load(path, None, "cpu")
+    theirs = json.loads(state["config"])
+    expected = config.to_dict(dataset_sha256) | {"objective": config.after, "after": None}
+    if theirs != expected | {"preset": theirs.get("preset")}:
+        raise checkpoints.CheckpointError(f"{path} is not the first stage of {config.name}: move it away")
+    record = path.with_suffix(".json")
+    if record.exists():
+        result = checkpoints.read_json(record)
+        if not isinstance(result, dict) or result.get("config") != theirs:
+            raise checkpoints.CheckpointError(
+                f"{path} was trained with other settings than {record.name} records: move both away to train that "
+                "first stage again"
+            )
+    with checkpoints.readable(path):
+        if state["position"]["epoch"] < Config.from_dict(theirs).preset.passes:
+            raise checkpoints.CheckpointError(f"{path} is not trained to its end: train the first stage first")
+    return state
 
 
 def trainer_of(config: Config, dataset: Dataset, out: Path, device: torch.device, **options: Any) -> Trainer:
     """The cell's run: from its checkpoint, or for a second stage from the first one's, or from the beginning."""
     trainer = Trainer(config, dataset, device, checkpoint_path(out, config), **options)
     if not trainer.restore() and config.after is not None:
-        trainer.start_from(out / f"{config.first_stage_name}.pt")
+        state = first_stage(out, config, dataset.checksum)
+        with checkpoints.readable(out / f"{config.first_stage_name}.pt"):
+            trainer.model.load_state_dict(state["model"])
     return trainer
 
 

@@ -23,6 +23,12 @@ class OutputError(RuntimeError):
     """The output folder cannot be written."""
 
 
+def require_writable(path: Path) -> None:
+    """Raise `OutputError` where a file could not be written: before the work on what it is to hold."""
+    write_atomically(path.with_name(f".{path.name}"), lambda file: None)
+    path.with_name(f".{path.name}").unlink()
+
+
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Write beside `path`, force it to disk, then rename over it: a reader never sees a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -62,6 +62,8 @@ class Preset:
 
     def with_passes(self, passes: int) -> Preset:
         """The same protocol for another number of passes: a one-cycle is stretched, stages are cut off."""
+        if passes < 1:
+            raise ValueError(f"passes must be an integer of at least 1, got {passes}")
         if self.one_cycle:
             return replace(self, stages=((passes, self.stages[0][1]),))
         kept, left = [], passes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -11,13 +10,13 @@ from typing import Any
 
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples import checkpoints
+from mcobjectives_examples.drawing import FORMATS
 from mcobjectives_examples.paper import paper, table
 from mcobjectives_examples.presets import Preset
 from mcobjectives_examples.tables import Row, filled, rows
 from mcobjectives_examples.training import Config
 
 Records = dict[Config, dict[str, Any]]
-_PLAIN = re.compile(r"(?:vae|iwae)\(k=(\d+)\)")
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,8 @@ def read(folder: Path) -> Records:
     """The recorded results of a folder; raises `CheckpointError` for a file that is none, or is renamed."""
     found: Records = {}
     for path in sorted(folder.glob("*-seed*.json")):
+        if path.with_suffix("").suffix in FORMATS:  # a figure's record
+            continue
         result = checkpoints.read_json(path)
         if not isinstance(result, dict) or not {"config", "metrics", "data"} <= result.keys():
             raise checkpoints.CheckpointError(f"{path} is not a recorded result: move it away")
@@ -56,7 +57,7 @@ def table_runs(records: Records) -> list[TableRun]:
     """The paper's tables, in their order, of which anything is recorded.
 
     On another data set than its own a table is made only of what no other shows: neither the data set's own tables nor
-    a table before it. A cap on k is taken from the results: such a k is none of the paper's.
+    a table before it. A cap on k is taken from the results, where it accounts for more of them than the paper's k do.
     """
 
     def foreign(pair: tuple[str, Config]) -> bool:
@@ -88,9 +89,9 @@ def _rows(number: str, like: Config, records: Records) -> list[Row]:
     """A table's rows by the protocol of a configuration, with the cap and the seeds of which most is recorded."""
     alike = [c for c in records if (c.dataset, c.binarisation) == (like.dataset, like.binarisation)]
     seeds = sorted({c.seed for c in alike})
-    ks = {int(found[1]) for c in alike if c.preset == like.preset and (found := _PLAIN.fullmatch(c.objective))}
-    attempts = [(cap, _with(records, number, like, seeds, cap)) for cap in (None, *sorted(ks - _papers_ks()))]
-    cap, most = max(attempts, key=lambda attempt: sum(bool(row.values("nll")) for row in attempt[1]))
+    ks = {k for c in alike if c.preset == like.preset and (k := _k_of(c.objective)) is not None}
+    attempts = [(cap, _with(records, number, like, seeds, cap)) for cap in (None, *sorted(ks))]
+    cap, most = max(attempts, key=lambda attempt: len({c for row in attempt[1] for c in row.configs if c in records}))
     used = [seed for i, seed in enumerate(seeds) if any(row.results[i] is not None for row in most)]
     return _with(records, number, like, used, cap) if used else []
 
@@ -100,8 +101,11 @@ def _with(records: Records, number: str, like: Config, seeds: Sequence[int], cap
     return filled(rows(number, like.preset, **options), records.get)  # type: ignore[arg-type]
 
 
-def _papers_ks() -> set[int]:
-    return {parse_objective(row["objective"]).k for number in paper()["tables"] for row in table(number)["rows"]}
+def _k_of(spec: str) -> int | None:
+    try:
+        return parse_objective(spec).k
+    except ValueError:  # of a plugin that is not installed here
+        return None
 
 
 def missing(run: TableRun) -> Iterator[tuple[Row, list[int]]]:

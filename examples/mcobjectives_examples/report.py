@@ -78,6 +78,7 @@ def _table_section(run: TableRun) -> Section:
 def _summary(records: Records, runs: Sequence[TableRun], drawings: Sequence[Picture]) -> Bullets:
     verdicts = Counter(found.verdict for run in runs for found in findings(run.rows))
     doubtful = sum(map(unreliable, records.values()))
+    unknown = sum(result["metrics"].get("khat_unreliable") is None for result in records.values())
     numbers = list(dict.fromkeys(run.number for run in runs))
     tables = f", of the paper's {'table' if len(numbers) == 1 else 'tables'} {', '.join(numbers)}" if numbers else ""
     items = [
@@ -87,7 +88,7 @@ def _summary(records: Records, runs: Sequence[TableRun], drawings: Sequence[Pict
         else "",
         f"{doubtful} of {len(records)} NLLs are {render.UNRELIABLE}: k-hat is too high for more than "
         f"{100 * render.MOST_UNRELIABLE:.0f} % of the test images, and the NLL may be too high by more than its "
-        "standard error tells"
+        f"standard error tells{f'; of {unknown} k-hat is not known' if unknown else ''}"
         if records
         else "",
         f"{render.counted(len(drawings), 'figure')} drawn" if drawings else "",

@@ -15,7 +15,7 @@ import torch
 from mcobjectives.evaluation import evaluate
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples.cells import recorded, test_images
-from mcobjectives_examples.datasets import Dataset, default_binarisation
+from mcobjectives_examples.datasets import Dataset, default_binarisation, require_mode
 from mcobjectives_examples.engine import Engine, flat_adam, make_step
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.paper import table
@@ -132,8 +132,13 @@ def rows(
 
 
 def protocols(number: int | str, dataset: str | None, binarisation: str | None, *, strict: bool) -> list[str | None]:
-    """The binarisations to run a table under: "both" is once and epoch. Binary data stay fixed unless `strict`."""
+    """The binarisations to run a table under: "both" is once and epoch. Binary data stay fixed unless `strict`.
+
+    Raises `DataError` for a protocol that is none, or does not fit the data.
+    """
     fixed = default_binarisation(dataset or table(number)["dataset"]) == "fixed"
+    if binarisation not in (None, "both"):
+        require_mode(binarisation, binary=fixed and (strict or binarisation == "fixed"))
     if fixed and (binarisation == "both" or not strict):
         return [None]
     return ["once", "epoch"] if binarisation == "both" else [binarisation]

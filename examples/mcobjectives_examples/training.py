@@ -177,17 +177,6 @@ class Trainer:
             self.engine.name if self.engine else "",
         )
 
-    def start_from(self, path: Path) -> None:
-        """Take the model's parameters from the finished first stage's checkpoint."""
-        state = checkpoints.load(path, None, self.device)
-        theirs = json.loads(state["config"])
-        if theirs != self.record | {"objective": self.config.after, "after": None, "preset": theirs.get("preset")}:
-            raise checkpoints.CheckpointError(f"{path} is not the first stage of {self.config.name}: move it away")
-        with checkpoints.readable(path):
-            if state["position"]["epoch"] < Config.from_dict(theirs).preset.passes:
-                raise checkpoints.CheckpointError(f"{path} is not trained to its end: train the first stage first")
-            self.model.load_state_dict(state["model"])
-
     def run(self, on_step: OnStep = None, stop: Callable[[], bool] = lambda: False) -> None:
         """Train to the end of the preset; raises `Interrupted` after a checkpoint once `stop()` is true."""
         with self.own_random_numbers():

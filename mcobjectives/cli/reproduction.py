@@ -63,31 +63,35 @@ def reproduce_tables(
         raise ValueError("--stack trains cells as one model and --jobs in processes of their own: give one of them")
     place = Place(out, pick_device(device), data_dir, engine, tensorboard)
     require_engine(engine)
-    grids = []
+    tables: list[tuple[str, list[list[Row]], list[Config]]] = []  # the rows by one protocol or two, and all their cells
     for n in list(paper()["tables"]) if number == "all" else [number]:
-        for protocol in protocols(n, dataset, binarisation, strict=number != "all"):
-            options: dict[str, Any] = {"dataset": dataset, "binarisation": protocol, "layers": layers}
-            grids.append((n, rows(n, preset, seeds=seeds, cap=cap, **options)))
-            if not grids[-1][1] and number != "all":
-                raise ValueError(f"table {n} has no rows of {', '.join(map(str, layers or []))} layers")
-    grids = [(n, grid_rows) for n, grid_rows in grids if grid_rows]
+        found = [
+            rows(n, preset, seeds=seeds, cap=cap, dataset=dataset, binarisation=protocol, layers=layers)
+            for protocol in protocols(n, dataset, binarisation, strict=number != "all")
+        ]
+        if found[0]:
+            tables.append((n, found, configurations([row for by_protocol in found for row in by_protocol])))
+    if not tables:
+        what = "no table has" if number == "all" else f"table {number} has no"
+        raise ValueError(f"{what} rows of {', '.join(map(str, layers or []))} layers")
     datasets: dict[str, Dataset] = {}
-    for _, grid_rows in grids if run else []:  # what is amiss with any table shows before the first is run
-        name = grid_rows[0].configs[0].dataset
+    for _, _, configs in tables if run else []:  # what is amiss with any table shows before the first is run
+        name = configs[0].dataset
         if name not in datasets:
             datasets[name] = load(name, data_dir, download=download)
-        passes_done(out, _missing(configurations(grid_rows), datasets[name], out), datasets[name].checksum)
+        passes_done(out, _missing(configs, datasets[name], out), datasets[name].checksum)
     records = []
-    for n, grid_rows in grids:
-        title = render.title(n, grid_rows)
-        loaded = datasets.get(grid_rows[0].configs[0].dataset)
+    for n, found, configs in tables:
+        loaded = datasets.get(configs[0].dataset)
         if loaded is not None:
-            run_all(configurations(grid_rows), loaded, place, jobs=jobs, stack=stack)
-        done = with_results(grid_rows, out, None if loaded is None else loaded.checksum)
-        if form == "json":
-            records.append(render.as_json(title, done, findings(done)))
-        else:
-            _print_table(title, done, form)
+            run_all(configs, loaded, place, jobs=jobs, stack=stack)
+        for by_protocol in found:
+            title = render.title(n, by_protocol)
+            done = with_results(by_protocol, out, None if loaded is None else loaded.checksum)
+            if form == "json":
+                records.append(render.as_json(title, done, findings(done)))
+            else:
+                _print_table(title, done, form)
     if form == "json":
         print(json.dumps(records if number == "all" or binarisation == "both" else records[0], indent=1))
 
@@ -127,7 +131,8 @@ def run_all(
             if jobs > 1:
                 run_side_by_side(missing, place, jobs, **hooks)
             else:
-                _run_in_turn(missing, dataset, place, _stacks(missing, place.device) if stack else {}, **hooks)
+                together = _stacks(missing, place.device) if stack and missing else {}
+                _run_in_turn(missing, dataset, place, together, **hooks)
         except Interrupted:
             errors.print(
                 f"interrupted: the checkpoint is in {place.out}; the same command goes on from there", markup=False
@@ -276,9 +281,12 @@ def draw_figure(
     if number == 2:
         figures.test_labels(loaded.name, data_dir)  # a missing file shows before the work
     try:
+        for config in configs:
+            recorded(runs, config, loaded.checksum)  # a checkpoint of other settings than the record's is not made
         done = passes_done(runs, configs, loaded.checksum)
     except checkpoints.CheckpointError as error:
         raise checkpoints.CheckpointError(str(error).replace("--out", "--runs")) from error
+    checkpoints.require_writable(out)
     untrained = {config: passes for config, passes in done.items() if passes < config.preset.passes}
     if untrained:  # a figure needs no NLL
         quick = {replace(c, preset=replace(c.preset, nll_k=1)): passes for c, passes in untrained.items()}
