@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, Independent, Normal
 
-from mcobjectives import IWAE
+from mcobjectives import IWAE, VAE, ModelError
 from mcobjectives.evaluation import evaluate
 from mcobjectives_examples.models import GaussianChain, PaperModel, paper_model
 from mcobjectives_examples.paper import paper
@@ -30,6 +30,18 @@ def gaussian(layer, given):
     features = torch.tanh(torch.tanh(given @ first.weight.T + first.bias) @ second.weight.T + second.bias)
     log_std = features @ layer.log_std.weight.T + layer.log_std.bias
     return Independent(Normal(features @ layer.mean.weight.T + layer.mean.bias, log_std.exp() + 1e-6), 1)
+
+
+def test_the_analytic_kl_is_the_textbook_formula_and_is_for_one_layer():
+    model, x = small(1), data()
+    q = gaussian(model.encoder[0], x).base_dist
+    kl = (q.variance + q.mean**2 - 1 - q.variance.log()).sum(-1) / 2
+    torch.manual_seed(0)
+    found = VAE(k=3, analytic_kl=True).bound(model, x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, model.log_likelihood(x, model.posterior(x).rsample((3,))).mean(0) - kl)
+    with pytest.raises(ModelError, match="analytic_kl=True needs a torch Distribution as posterior"):
+        VAE(analytic_kl=True)(small(2), x)
 
 
 def count(model):

@@ -464,6 +464,18 @@ def test_an_unknown_engine_is_refused(trainer):
         trainer(engine="fast")
 
 
+def test_a_restart_keeps_the_tensor_that_a_graph_reads_the_rate_from(trainer):
+    trainer().run()
+    again = trainer()
+    [group] = again.optimiser.param_groups
+    rate = torch.tensor(0.5)
+    group["lr"], group["capturable"] = rate, True  # as on a GPU
+    assert again.restore()
+    [group] = again.optimiser.param_groups
+    assert group["lr"] is rate and group["capturable"] is True and group["fused"] is True
+    assert again.optimiser.state[group["params"][0]]["exp_avg"].abs().sum() > 0
+
+
 def test_only_whole_batches_are_compiled_wherever_a_run_begins(trainer, monkeypatch):
     compiled = []
 
@@ -679,12 +691,13 @@ def test_resampled_mixed_training_ends_where_the_exact_one_does(trainer):
 
 
 @pytest.mark.slow
-def test_compiled_steps_equal_eager_ones_and_are_compiled_once(trainer):
+@pytest.mark.parametrize("objective", ["iwae(k=3)", "vae(k=3, analytic_kl=True)"])
+def test_compiled_steps_equal_eager_ones_and_are_compiled_once(trainer, objective):
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     before = counters["stats"]["unique_graphs"]
-    runs = [trainer(f"{name}.pt", engine=name) for name in ("eager", "compiled")]
+    runs = [trainer(f"{name}.pt", engine=name, objective=objective) for name in ("eager", "compiled")]
     for run in runs:
         run.run()
     assert [run.engine.name for run in runs] == ["eager", "compiled"]

@@ -322,7 +322,10 @@ class Trainer:
         state = checkpoints.load(self.checkpoint, self.record, "cpu")
         with checkpoints.readable(self.checkpoint):
             self.model.load_state_dict(state["model"])
+            [group] = self.optimiser.param_groups
+            own = {key: group[key] for key in ("lr", "fused", "capturable")}
             self.optimiser.load_state_dict(state["optimiser"])
+            self.optimiser.param_groups[0].update(own)  # of this device: a CUDA graph reads the rate from its tensor
             self.epoch, self.step = state["position"]["epoch"], state["position"]["step"]
             self.total.fill_(state["position"]["total"])
             self.history, self.seconds = list(state["history"]), state["seconds"]
