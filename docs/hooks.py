@@ -234,11 +234,11 @@ def _comparison(rows: Sequence[Any]) -> str:
     base = names["vae(k=1)"].mean("nll") if "vae(k=1)" in names else None
     lines = []
     for name, row in sorted(names.items(), key=lambda item: item[1].mean("nll")):
-        nll, spread = row.mean("nll"), row.spread("nll") or row.mean("nll_stderr")
+        nll, error = row.mean("nll"), row.mean("nll_stderr")
         lines.append(
             (
                 f"`{name}`",
-                f"{nll:.2f} ± {spread:.2f}",
+                f"{nll:.2f} ± {error:.2f}",
                 "" if base is None else f"{nll - base:+.2f}",
                 f"{row.mean('kl_posterior'):.2f}",
                 row.units("active_units"),
@@ -246,15 +246,10 @@ def _comparison(rows: Sequence[Any]) -> str:
                 f"{100 * row.mean('khat_unreliable'):.0f} %",
             )
         )
-    error = (
-        "spread of the seeds"
-        if all(len(row.values("nll")) > 1 for row in rows)
-        else "standard error over the images"
-    )
     return "\n\n".join(
         (
             blocks.markdown_table(header, lines, right=range(1, 7)),
-            f"One stochastic layer; {caption(rows)}. ± is the {error}. Objectives that are missing are not run.",
+            f"One stochastic layer; {caption(rows, beside=False)}. ± is the standard error over the images. Objectives that are missing are not run.",
             provenance(result for row in rows for result in row.results),
         )
     )

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -302,6 +303,11 @@ def test_tables_are_made_of_recorded_results(tmp_path):
     assert "87.65" in shown and "a processor" in shown and "2025-01-02" in shown
     assert shown.count("not run") >= 3  # the other rows of table 7
     assert "87.65 ± 0.21" in hooks.evidence() and "25 %" in hooks.evidence()
+    for seed in (1, 2):
+        record(tmp_path / "short", replace(power_configs()[1], seed=seed))
+    shown = hooks.evidence()
+    assert shown.count("87.65 ± 0.21") == 2 and "± is the standard error over the images" in shown
+    assert "; 1 to 2 seeds; " in shown and "minus theirs" not in shown and "ours/paper" not in shown
 
 
 def test_results_of_two_protocols_are_two_tables(tmp_path):

@@ -411,6 +411,18 @@ def test_what_inactive_units_are_worth(cost, stderr, seeds, expected):
     assert found.verdict == expected and found.figures.startswith(f"1L median(k=50) {cost:+.2f} ± ")
 
 
+def test_what_inactive_units_are_worth_is_no_surer_than_the_seeds_agree():
+    def metrics(row, seed):
+        return {
+            "nll_pruned": 88.0 + (0.0, 0.0, 0.5)[seed],
+            "nll_unpruned_same_images": 88.0,
+            "nll_pruned_stderr": 0.03,
+        }
+
+    [found] = [f for f in findings(made_up(6, seeds=3, metrics=metrics)) if "inactive" in f.claim]
+    assert found.verdict == "within noise" and found.figures == "1L median(k=50) +0.17 ± 0.17"
+
+
 # Rendering.
 
 

@@ -104,8 +104,11 @@ def counted(n: int, what: str) -> str:
     return f"{n} {what}" + ("" if n == 1 else "es" if what.endswith("s") else "s")
 
 
-def caption(table_rows: Sequence[Row]) -> str:
-    """Which protocol, how many passes and seeds, and which data a table's numbers come from."""
+def caption(table_rows: Sequence[Row], *, beside: bool = True) -> str:
+    """Which protocol, how many passes and seeds, and which data a table's numbers come from.
+
+    `beside` is for one of the paper's tables with its numbers in it; otherwise the rows are any that are recorded.
+    """
     config = table_rows[0].configs[0]
     preset = config.preset
     checksums = {r["data"]["sha256"][:12]: r["data"] for row in table_rows for r in row.results if r is not None}
@@ -120,20 +123,23 @@ def caption(table_rows: Sequence[Row]) -> str:
     if table_rows[0].first_stages:
         passes = f"{table_rows[0].first_stages[0].preset.passes} and {passes}"
         theirs += f" and {table(10)['second_stage']['passes']}"
+    seeds = sorted({len(row.configs) if beside else len(row.values("nll")) for row in table_rows})
     parts = [
         f"preset {preset.name}: {passes} (the paper's: {theirs}), batch {preset.batch_size}",
-        counted(len(table_rows[0].configs), "seed"),
+        counted(seeds[0], "seed") if len(seeds) == 1 else f"{seeds[0]} to {counted(seeds[-1], 'seed')}",
         f"{config.dataset}, binarisation {_protocol(table_rows[0])}",
-        f"NLL by IWAE-{preset.nll_k} on {images}, in nats, with ours minus theirs",
-        "units and KL as ours/paper's",
+        f"NLL by IWAE-{preset.nll_k} on {images}, in nats{', with ours minus theirs' if beside else ''}",
     ]
+    if beside:
+        parts.append("units and KL as ours/paper's")
     if preset.backward_samples:
         parts.append(f"{preset.backward_samples} of k samples back-propagated")
     if any(row.capped for row in table_rows):
         parts.append(f"k capped at {max(row.k for row in table_rows)}")
-    if elsewhere := {b["dataset"] for row in table_rows if (b := row.bgs16) and "dataset" in b}:
+    elsewhere = {b["dataset"] for row in table_rows if (b := row.bgs16) and "dataset" in b}
+    if elsewhere and beside:
         parts.append(f"BGS16's numbers are of {', '.join(elsewhere)}")
-    if not table_rows[0].on_papers_data:
+    if beside and not table_rows[0].on_papers_data:
         parts.append("not the paper's data set: no differences")
     if preset.precision != "highest":
         parts.append(f"precision {preset.precision} in training")
