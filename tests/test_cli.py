@@ -160,6 +160,19 @@ def test_check_of_ones_own_objective_in_the_current_folder(mcobj, tmp_path, monk
     monkeypatch.setattr(sys, "path", sys.path.copy())
     status, out, _ = mcobj("check", "good_one:Good(k=4)")
     assert status == 0 and "passes" in out and "k=4" in out
+    assert "Not checked: one_sample: exempt" not in out
+    status, out, _ = mcobj("check", "vae(k=2, gradient='vimco', kl_weight=0.5)")
+    assert status == 0 and "passes" in out
+    (tmp_path / "eights.py").write_text(
+        OWN.format(name="Eights", formula="log_w.mean(0)")
+        + "    exempt = frozenset({'one_sample'})\n"
+        + "    def __post_init__(self):\n"
+        + "        if self.k % 8:\n"
+        + "            raise ValueError('k must be a multiple of 8')\n"
+        + "        super().__post_init__()\n"
+    )
+    status, out, _ = mcobj("check", "eights:Eights(k=8)")
+    assert status == 0 and "Not checked: estimator dreg: the objective cannot be made with k = 2, 3 or 4" in out
     status, out, err = mcobj("check", "bad_one:Bad")
     assert status == 1 and "shift" in err and "Traceback" not in err and not out
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributions import Bernoulli, Independent, LogNormal, Normal, Uniform
 
 from mcobjectives import IWAE, MIWAE, VAE, LAlpha, Median, Objective, Power, Split, Weights, get_objective, plugins
+from mcobjectives.estimators import require_smooth
 from mcobjectives.reductions import log_mean_exp
 from mcobjectives.testing import EXEMPTABLE, ConformanceError, check_estimator, check_model, check_objective
 from mcobjectives.testing.estimators import own_names
@@ -149,6 +150,13 @@ class NotMonotone(Sound):
         return (log_w.softmax(0) * log_w).sum(0)
 
 
+class Clamps(Sound):
+    """Log-weights cut off where those of images may lie."""
+
+    def reduce(self, log_w):
+        return super().reduce(log_w.clamp(-1000, 1000))
+
+
 class Overflows(Sound):
     def reduce(self, log_w):
         return log_w.exp().mean(0).log()
@@ -236,6 +244,7 @@ MUTANTS = {
     Extrapolates: "bounds",
     NotMonotone: "monotone",
     Overflows: "extreme",
+    Clamps: "shift",
     Doubles: "dtype",
     OnTheCPU: "device",
     Detaches: "gradcheck",
@@ -433,6 +442,38 @@ def test_weights_must_be_whole_and_finite(monkeypatch, estimator):
     assert raised.value.properties == {"weights"}
 
 
+def batch_baseline(objective, log_w):
+    """The mean over the batch, which a kit whose batch is all outcomes takes for a constant."""
+    f = objective.reduce(log_w)
+    return Weights(objective.slopes(log_w), None, objective.tempering * objective.slopes(log_w) - (f - f.mean()))
+
+
+def untempered(objective, log_w):
+    """DReG that forgets kl_weight beside the curvature."""
+    require_smooth(objective, "probe")
+    g = objective.slopes(log_w)
+    return Weights(g, g - objective.curvatures(log_w), None)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "where", "why"),
+    [
+        (batch_baseline, "weights", "s of a data point depends on the others in its batch"),
+        (untempered, "kl_weight", "tempering left out"),
+    ],
+)
+def test_what_shows_beside_the_objectives_alone_is_found(monkeypatch, estimator, where, why):
+    register(monkeypatch, estimator)
+    with pytest.raises(ConformanceError, match=why) as raised:
+        check_estimator("probe")
+    assert raised.value.properties == {where}
+
+
+@pytest.mark.parametrize("name", ["reparam", "dreg", "score", "vimco"])
+def test_the_librarys_own_temper_rightly(name):
+    assert [f.passed for f in check_estimator(name) if f.property == "kl_weight"] == [True]
+
+
 def test_bias_that_is_declared_and_absent_is_reported():
     with pytest.raises(ConformanceError, match="unbiased=False is declared, yet"):
         check_estimator("dreg", unbiased=False)
@@ -507,6 +548,54 @@ class VarianceForSd(Gaussian):
         mean, sd = self.moments(x)
         q = Independent(Normal(mean, sd), 1)
         return Own(Independent(Normal(mean, 1.3 * sd), 1).rsample, q.log_prob)
+
+
+class DetachedScale(Gaussian):
+    """Samples that are right, with a path through the mean alone."""
+
+    def posterior(self, x):
+        mean, sd = self.moments(x)
+        q = Independent(Normal(mean, sd), 1)
+        return Own(Independent(Normal(mean, sd.detach()), 1).rsample, q.log_prob)
+
+
+class DetachedBelow(Gaussian):
+    """A second layer drawn from samples of the first that were cut off."""
+
+    def __init__(self):
+        super().__init__()
+        self.upper, self.lower = nn.Linear(2, 2), nn.Linear(2, 2)
+        nn.init.eye_(self.upper.weight)
+
+    def posterior(self, x):
+        first = super().posterior(x)
+
+        def second(h1):
+            return Independent(Normal(self.upper(h1), 0.5), 1)
+
+        def rsample(shape):
+            h1 = first.rsample(shape)
+            return h1, second(h1.detach()).rsample()
+
+        return Own(rsample, lambda h: first.log_prob(h[0]) + second(h[0]).log_prob(h[1]))
+
+    def log_likelihood(self, x, h):
+        return super().log_likelihood(x, h[0])
+
+    def log_prior(self, h):
+        above = Independent(Normal(self.lower(h[1]), 1.0), 1).log_prob(h[0])
+        return above + Normal(0.0, 1.0).log_prob(h[1]).sum(-1)
+
+
+class MovingSupport(Gaussian):
+    """A uniform q whose ends are parameters: E grad log q is not zero."""
+
+    def posterior(self, x):
+        mean, sd = self.moments(x)
+        return Independent(Uniform(mean - sd, mean + sd, validate_args=False), 1, validate_args=False)
+
+    def log_prior(self, h):
+        return 0 * h.sum(-1)
 
 
 class NoConstant(Gaussian):
@@ -586,6 +675,9 @@ MODEL_MUTANTS = {
     Saturates: {"finite"},
     TwoDensities: {"log_joint"},
     VarianceForSd: {"score"},
+    DetachedScale: {"pathwise"},
+    DetachedBelow: {"pathwise"},
+    MovingSupport: {"score"},
     NoConstant: {"normalised"},
     DetachedEncoder: {"gradients"},
     UnusedLayer: {"gradients"},
@@ -783,6 +875,36 @@ def test_probabilities_that_do_not_sum_to_one_are_found(x):
     with pytest.raises(ConformanceError, match=r"probabilities of all values drawn sum to 1\.35") as raised:
         check_model(WrongDiscrete(), x)
     assert raised.value.properties == {"normalised"}
+
+
+class WrongDiscreteOfManyUnits(WrongDiscrete):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(3, 25), nn.Linear(25, 3)
+
+    def posterior(self, x):
+        q = Independent(Bernoulli(logits=0.1 * self.encoder(x)), 1)
+        return type(
+            "Q", (), {"sample": staticmethod(q.sample), "log_prob": staticmethod(lambda h: q.log_prob(h) - 0.3)}
+        )()
+
+
+def test_a_mass_of_which_little_was_seen_is_not_passed_off_as_checked(x):
+    [finding] = [f for f in check_model(WrongDiscreteOfManyUnits(), x) if f.property == "normalised"]
+    assert finding.passed is None and "of the mass was seen" in finding.message
+
+
+class ScalarScale(Gaussian):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.log_sd = nn.Linear(3, 2), nn.Parameter(torch.tensor(-0.3))
+
+    def moments(self, x):
+        return self.encoder(x), self.log_sd.exp()
+
+
+def test_a_parameter_without_dimensions_is_no_failure(x):
+    check_model(ScalarScale(), x)
 
 
 def test_batch_normalisation_in_training_mode_is_found(x):

@@ -97,5 +97,8 @@ def check(
     name = objective.partition("(")[0]
     found = import_objective(objective) if ":" in name else parse_objective(objective)
     with errors.status(escape(f"checking {found!r}")):
-        check_objective(found)
+        findings = check_objective(found)
     console.print(f"{found!r} passes.", markup=False)
+    for finding in findings:
+        if finding.passed is None:
+            console.print(f"Not checked: {finding.property}: {finding.message}", markup=False, highlight=False)

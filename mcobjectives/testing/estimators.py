@@ -27,7 +27,7 @@ def check_estimator(name: str, *, unbiased: bool = True) -> list[Finding]:
     """Check a registered gradient estimator on each of the library's objectives that it does not refuse.
 
     Its weights must be `(k, batch)` and finite at extreme log-weights; its expected gradient is set against exact ones.
-    One finding an objective.
+    One finding an objective, and one for a `kl_weight` other than one.
 
     Args:
         name: as registered in the entry-point group `mcobjectives.estimators`.
@@ -50,6 +50,9 @@ def check_estimator(name: str, *, unbiased: bool = True) -> list[Finding]:
                 find(key, _CAUSE_ESTIMATOR, lambda o=objective: _unbiased(o, name, phi=unbiased))  # type: ignore[misc]
             )
             biased = biased or (not unbiased and _is_biased(objective, name))
+        if all(finding.passed is not False for finding in findings):
+            tempered = plugins.get_objective("iwae")(kl_weight=0.5)
+            findings.append(find("kl_weight", _CAUSE_TEMPERING, lambda: _unbiased(tempered, name, phi=unbiased)))
         if not unbiased and not biased:
             words = "unbiased=False is declared, yet phi's gradient is right for every objective. Drop the declaration"
             findings.append(Finding("unbiased", False, words))
@@ -187,6 +190,11 @@ def _weights_finding(name: str) -> Finding:
                     raise Broken(f"{letter} is {tuple(weight.shape)} {weight.dtype} for log-weights (4, 3) float32")
                 if not bool(torch.isfinite(weight).all()):
                     raise Broken(f"{letter} is NaN or infinite for log-weights of +-1e4")
+        whole = objective.weights(log_w := torch.randn(4, 3, generator=torch.Generator().manual_seed(1)))
+        for j in range(3):
+            for letter, weight, alone in zip("acs", whole, objective.weights(log_w[:, j : j + 1]), strict=True):
+                if weight is not None and not torch.allclose(weight[:, j : j + 1], alone, rtol=1e-4, atol=1e-5):
+                    raise Broken(f"{letter} of a data point depends on the others in its batch")
 
     return find("weights", "weights a, c, s that are not (k, batch) or None, or exp of log-weights", check)
 
@@ -199,6 +207,7 @@ _CAUSE_OBJECTIVE = (
     "an override (weights, slopes, tempering, surrogate, analytic_kl) that does not match reduce, or a "
     "baseline that looks at its own sample"
 )
+_CAUSE_TEMPERING = "tempering left out where q is weighted: tempering * g in s, g - tempering * H in c"
 _CAUSE_ESTIMATOR = (
     "a baseline that depends on the sample it is subtracted from, a missing g in s (tempering * g - ...), "
     "or slopes that jump and are not refused (require_smooth); if the bias is meant, check_estimator(unbiased=False)"

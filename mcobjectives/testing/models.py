@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +15,7 @@ from torch.utils import _pytree as pytree
 from mcobjectives.model import Latent, has_methods, has_rsample
 from mcobjectives.model import log_joint as density_of
 from mcobjectives.objectives import IWAE
-from mcobjectives.testing.densities import draw, normalisation, score_identity, trainable
+from mcobjectives.testing.densities import draw, normalisation, pathwise_identity, score_identity, trainable
 from mcobjectives.testing.report import Broken, Finding, Unchecked, find, verdict
 
 
@@ -30,10 +32,10 @@ class _Subject(NamedTuple):
 def check_model(model: Any, x: Any, *, k: int = 4, seed: int = 0) -> list[Finding]:
     """Check what a model promises, on a batch x of its data; returns the findings, or raises `ConformanceError`.
 
-    Shapes, finite densities, samples against log q (score identity and normalisation: Monte Carlo with fixed seeds,
-    judged at six standard errors), gradients to every parameter, those of `attach` if the posterior has it, no leak
-    between data points or samples, k and batch of one, the same numbers for the same seed. It works on a copy: the
-    model and the generator stay as they are.
+    Shapes, finite densities, samples against log q (score identity, normalisation, gradients along the samples against
+    those by the score: Monte Carlo with fixed seeds, judged at six standard errors), gradients to every parameter,
+    those of `attach` if the posterior has it, no leak between data points or samples, k and batch of one, the same
+    numbers for the same seed. It works on a copy: the model and the generator stay as they are.
 
     Args:
         model: anything with `posterior(x)` and `log_joint(x, h)`, or `log_likelihood` and `log_prior`.
@@ -68,21 +70,29 @@ def model_findings(model: Any, x: Any, *, k: int = 4, seed: int = 0) -> list[Fin
     """The finding for each property, good and bad. What rests on a broken property is not checked."""
     findings: list[Finding] = []
     with torch.random.fork_rng():
-        for stage in (_METHODS, _FORM, _RANDOM, _PROMISES):
+        for stage in (_METHODS, _FORM, _RANDOM, _PROMISES, _PATH):
             for name, (check, cause) in stage.items():
                 torch.manual_seed(seed)
-                subject = _Subject(*_copied(model), x=x, k=k, seed=seed)
-                findings.append(find(name, cause, lambda s=subject, check=check: check(s)))  # type: ignore[misc]
+                with _copied(model) as (twin, copied):
+                    subject = _Subject(twin, copied, x=x, k=k, seed=seed)
+                    findings.append(find(name, cause, lambda s=subject, check=check: check(s)))  # type: ignore[misc]
             if any(f.passed is False for f in findings):
                 break
     return findings
 
 
-def _copied(model: Any) -> tuple[Any, bool]:
+@contextmanager
+def _copied(model: Any) -> Iterator[tuple[Any, bool]]:
+    """A copy of the model, and whether it is one; inside, Pyro's parameters are copies too, where Pyro is used."""
+    pyro = sys.modules.get("pyro")
+    store = pyro.get_param_store() if pyro is not None else None
     try:
-        return copy.deepcopy(model), True
+        twin, state = copy.deepcopy((model, store.get_state() if store is not None else None))
     except Exception:  # what cannot be copied is used as it is
-        return model, False
+        yield model, False
+        return
+    with store.scope(state) if store is not None else nullcontext():
+        yield twin, True
 
 
 def _log_w(s: _Subject, x: Any, h: Latent) -> Tensor:
@@ -147,6 +157,10 @@ def log_joint(s: _Subject) -> None:
 
 def score(s: _Subject) -> None:
     score_identity(s.model, s.x, s.seed)
+
+
+def pathwise(s: _Subject) -> None:
+    pathwise_identity(s.model, s.x, s.seed)
 
 
 def normalised(s: _Subject) -> None:
@@ -254,6 +268,8 @@ def _again(s: _Subject, h: Latent) -> Tensor:
 
 
 def _close(a: Tensor, b: Tensor) -> Tensor:
+    if a.shape != b.shape:
+        raise Broken(f"log-weights of shape {tuple(a.shape)} where {tuple(b.shape)} are expected")
     return torch.isclose(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -325,7 +341,8 @@ _PROMISES: _Stage = {
     "log_joint": (log_joint, "a term counted twice or forgotten in one of them"),
     "score": (
         score,
-        "sample and log_prob disagree on a parameter (variance or standard deviation, log scale or scale)",
+        "sample and log_prob disagree on a parameter (variance or standard deviation, log scale or scale), or the "
+        "support of q moves with one (Uniform): only plain reparam is right there",
     ),
     "normalised": (
         normalised,
@@ -340,4 +357,10 @@ _PROMISES: _Stage = {
         "batch normalisation in training mode, a softmax or mean over axis 0, reshape for transpose",
     ),
     "sizes": (sizes, "squeeze() without an axis, or batch normalisation in training mode"),
+}
+_PATH: _Stage = {
+    "pathwise": (
+        pathwise,
+        "detach, .data or no_grad on a part of rsample, or a support of q that moves with its parameters",
+    ),
 }
