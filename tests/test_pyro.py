@@ -20,6 +20,8 @@ from torch.distributions import Independent, Normal  # noqa: E402
 
 from mcobjectives import CIWAE, IWAE, MIWAE, VAE, LAlpha, Median, ModelError, Power  # noqa: E402
 from mcobjectives.pyro import Arguments, ObjectiveELBO, PyroModel  # noqa: E402
+from mcobjectives.testing import check_model  # noqa: E402
+from mcobjectives.testing.models import model_findings  # noqa: E402
 
 PATHWISE = ["reparam", "stl", "dreg"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*is biased for.*", "ignore:.*Jitter.*")
@@ -228,6 +230,101 @@ def conjugate(x, index=None, spread=0.5**0.5):
 def exact_guide(x, index=None, spread=0.5**0.5):
     with pyro.plate("data", len(x), subsample=index) as i:
         pyro.sample("z", dist.Normal(x[i] / 2, spread))
+
+
+def test_samples_are_evaluated_at_the_x_that_is_given():
+    pair = PyroModel(conjugate, exact_guide)
+    drawn_for, x = torch.zeros(3, dtype=torch.float64), torch.full((3,), 5.0, dtype=torch.float64)
+    h = pair.posterior(drawn_for).sample(torch.Size((2,)))
+    z = h["z"]
+    close(pair.log_joint(x, h), Normal(0.0, 1.0).log_prob(z) + Normal(z, 1.0).log_prob(x))
+    close(pair.posterior(x).log_prob(h), Normal(x / 2, 0.5**0.5).log_prob(z))
+    close(pair.log_joint(drawn_for, h), Normal(0.0, 1.0).log_prob(z) + Normal(z, 1.0).log_prob(drawn_for))
+
+
+def test_densities_of_the_same_samples_follow_the_parameters():
+    decoder = nn.Linear(1, 1).double()
+
+    def program(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        slope = pyro.param("slope", torch.tensor(0.5, dtype=torch.float64))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(slope * x, 0.7).to_event(1))
+
+    pair, x = PyroModel(program, guide), torch.randn(4, 1, dtype=torch.float64)
+    h = pair.posterior(x).sample(torch.Size((2,)))
+    for _ in range(2):
+        found = pair.log_joint(x, h)
+        close(found, pair.log_likelihood(x, h) + pair.log_prior(h))
+        close(found, Normal(decoder(h["z"]), 1.0).log_prob(x).sum(-1) + Normal(0.0, 1.0).log_prob(h["z"]).sum(-1))
+        close(pair.posterior(x).log_prob(h), Normal(pyro.param("slope") * x, 0.7).log_prob(h["z"]).sum(-1))
+        found.mean().backward()
+        with torch.no_grad():
+            decoder.weight += 1.0
+            pyro.param("slope").unconstrained().add_(1.0)
+
+
+@pytest.mark.parametrize("leaks", [(), ("model",), ("guide",)], ids=str)
+def test_the_kit_finds_a_leak_between_data_points_of_a_program(leaks):
+    def program(x):
+        shift = x.mean() if "model" in leaks else 0.0
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + shift, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 - (x.mean() if "guide" in leaks else 0.0), 0.7))
+
+    findings = model_findings(PyroModel(program, guide), torch.randn(6))
+    assert {f.property for f in findings if f.passed is False} == ({"leak", "sizes"} if leaks else set())
+
+
+def test_the_kit_leaves_the_store_and_the_modules_as_they_were():
+    class Generative(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = PyroParam(torch.tensor(0.5))
+            self.noise = PyroParam(torch.tensor(1.0), constraint=dist.constraints.positive)
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(self.weight * z, self.noise), obs=x)
+
+    class Inference(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.slope = PyroParam(torch.tensor(0.5))
+            self.width = PyroParam(torch.tensor(0.7), constraint=dist.constraints.positive)
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(self.slope * x, self.width))
+
+    def train(check):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        pair, x = PyroModel(Generative(), Inference()), torch.randn(6)
+        optimiser = torch.optim.SGD(pair.parameters(), 0.1)
+        if check:
+            assert all(f.passed is not False for f in check_model(pair, x))
+            assert not list(pyro.get_param_store().keys())
+        torch.manual_seed(1)
+        for _ in range(3):
+            optimiser.zero_grad()
+            IWAE(k=5)(pair, x).backward()
+            optimiser.step()
+        return [p.detach().clone() for p in pair.parameters()]
+
+    trained, checked_first = train(False), train(True)
+    assert all(torch.equal(a, b) for a, b in zip(trained, checked_first, strict=True))
+    assert all(float(p) not in (0.5, 0.0, math.log(0.7)) for p in trained)  # all of them moved
 
 
 def test_at_the_exact_guide_every_bound_is_log_p():

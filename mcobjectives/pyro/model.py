@@ -33,6 +33,10 @@ def _arguments(parts: list, positional: int, names: tuple[str, ...]) -> Argument
     return Arguments(*parts[:positional], **dict(zip(names, parts[positional:], strict=True)))
 
 
+def _as_arguments(x: Any) -> tuple[tuple, dict]:
+    return (x.args, x.kwargs) if isinstance(x, Arguments) else ((x,), {})
+
+
 class Sites(dict):
     """The guide's random sites by name, each `(k, batch, other plates..., event...)`, and whom they were drawn from.
 
@@ -43,7 +47,7 @@ class Sites(dict):
     def __init__(self, parts: dict[str, Tensor], posterior: GuidePosterior, trace: Trace | None = None) -> None:
         super().__init__(parts)
         self.posterior, self._traces = posterior, {} if trace is None else {torch.is_grad_enabled(): trace}
-        self._evaluated: tuple[bool, Trace] | None = None
+        self._other_part: tuple[tuple[bool, bool], Trace] | None = None
 
     @property
     def trace(self) -> Trace | None:
@@ -127,7 +131,7 @@ class PyroModel(torch.nn.Module):
         """The guide at x, its sites on `(k, batch)`."""
         if torch._C._get_tracing_state() is not None:
             raise NotImplementedError("torch.jit.trace would freeze the weights of an objective: call it eagerly")
-        args, kwargs = (x.args, x.kwargs) if isinstance(x, Arguments) else ((x,), {})
+        args, kwargs = _as_arguments(x)
         return GuidePosterior(self, args, kwargs, self._layout(args, kwargs))
 
     def log_joint(self, x: Any, h: Any) -> Tensor:
@@ -146,7 +150,7 @@ class PyroModel(torch.nn.Module):
 
     def structure(self, x: Any) -> Structure:
         """The programs' plates, found by one plain run at x and kept."""
-        args, kwargs = (x.args, x.kwargs) if isinstance(x, Arguments) else ((x,), {})
+        args, kwargs = _as_arguments(x)
         if self._structure is None:
             self._structure = inspect(self.model, self.guide, args, kwargs)
         return self._structure
@@ -168,12 +172,14 @@ class PyroModel(torch.nn.Module):
         return Layout(nesting, structure.plate if self.weights == "auto" else None)
 
     def _sites(self, x: Any, h: Any) -> Sites:
-        return h if isinstance(h, Sites) else Sites(h, self.posterior(x))
+        if isinstance(h, Sites) and (x is None or h.posterior.same_data(*_as_arguments(x))):
+            return h  # which know their x
+        return Sites(dict(h), self.posterior(x))
 
     def _density(self, h: Sites, *, likelihood: bool, prior: bool) -> Tensor:
         layout, k = h.posterior.layout, h.k
         q = h.posterior.evaluate(h)
-        p = self._run(h, q)
+        p = self._run(h, q, (torch.is_grad_enabled(), likelihood)) if likelihood != prior else self._execute(h, q)
         if not self.scaled:
             self.scale = layout.scale([*q.values(), *p.values()])
         total = layout.sum((site for site in p.values() if (likelihood if site.observed else prior)), k, self.scaled)
@@ -182,25 +188,35 @@ class PyroModel(torch.nn.Module):
             total = torch.zeros_like(h.posterior.log_prob(h))
         return total if change is None else total - change
 
-    def _run(self, h: Sites, q: Trace) -> Trace:
-        """The model's execution at h, kept for the other part of log p where the two are asked for one by one."""
-        if h._evaluated is not None and h._evaluated[0] == torch.is_grad_enabled():
-            return h._evaluated[1]
+    def _run(self, h: Sites, q: Trace, part: tuple[bool, bool]) -> Trace:
+        """The model's execution at h, kept for the other part of log p where the two are asked for one by one.
+
+        Kept once only: by the time of a third question parameters may have changed.
+        """
+        kept, h._other_part = h._other_part, None
+        if kept is not None and kept[0] == part:
+            return kept[1]
+        trace = self._execute(h, q)
+        h._other_part = (part[0], not part[1]), trace
+        return trace
+
+    def _execute(self, h: Sites, q: Trace) -> Trace:
         posterior = h.posterior
         given = {name: site.value for name, site in q.items() if not site.observed}
         run = Recorder(h.k, posterior.layout.nesting, posterior.subsamples, given=given, draw=False)
         trace = run.run(self.model, posterior.args, posterior.kwargs)
         check_matched(q, trace)  # programs may branch on their arguments
-        h._evaluated = torch.is_grad_enabled(), trace
         return trace
 
 
 class GuidePosterior:
     """A guide at one x: `rsample`, `sample` and `log_prob` of its random sites, a dict of `(k, batch, ...)`."""
 
-    def __init__(self, owner: PyroModel, args: tuple, kwargs: dict, layout: Layout) -> None:
+    def __init__(
+        self, owner: PyroModel, args: tuple, kwargs: dict, layout: Layout, subsamples: dict[str, Any] | None = None
+    ) -> None:
         self.owner, self.args, self.kwargs, self.layout = owner, args, kwargs, layout
-        self.subsamples: dict[str, Any] = {}
+        self.subsamples: dict[str, Any] = {} if subsamples is None else subsamples
         structure = owner.structure(Arguments(*args, **kwargs))
         self.has_rsample = structure.reparameterised
         # Distributions that do not depend on other sites' samples are kept: no further execution is needed.
@@ -232,10 +248,25 @@ class GuidePosterior:
 
     def log_prob(self, h: Any) -> Tensor:
         """log q(h | x), `(k, batch)`."""
-        h = h if isinstance(h, Sites) else Sites(h, self)
-        total = self.layout.sum((s for s in self.evaluate(h).values() if s.free), h.k, self.owner.scaled)
+        h = self._own(h)
+        total = self.layout.sum((s for s in h.posterior.evaluate(h).values() if s.free), h.k, self.owner.scaled)
         assert total is not None
         return total
+
+    def same_data(self, args: tuple, kwargs: dict) -> bool:
+        """Whether these are the very arguments that the guide was called with."""
+        theirs = {**dict(enumerate(args)), **kwargs}
+        ours = {**dict(enumerate(self.args)), **self.kwargs}
+        return ours.keys() == theirs.keys() and all(value is theirs[name] for name, value in ours.items())
+
+    def _own(self, h: Any) -> Sites:
+        """h to be evaluated here: samples of another posterior at the same data keep its subsample, no densities."""
+        if isinstance(h, Sites) and h.posterior is self:
+            return h
+        posterior = self
+        if isinstance(h, Sites) and h.posterior.subsamples and h.posterior.same_data(self.args, self.kwargs):
+            posterior = GuidePosterior(self.owner, self.args, self.kwargs, self.layout, h.posterior.subsamples)
+        return Sites(dict(h), posterior)
 
     def evaluate(self, h: Sites) -> Trace:
         """The guide's sites at samples h, executed again only where their distributions depend on h."""
