@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mcobjectives.estimators import Weights
-    from mcobjectives.model import Model, ModelError, Posterior
+    from mcobjectives.model import Model, ModelError, Posterior, parameterless
     from mcobjectives.objective import BoundObjective, Objective
     from mcobjectives.objectives import CIWAE, IWAE, MIWAE, VAE, LAlpha, Median, Power, Split
     from mcobjectives.plugins import PluginError, estimator_names, get_estimator, get_objective, objective_names
@@ -32,11 +32,12 @@ __all__ = [
     "get_estimator",
     "get_objective",
     "objective_names",
+    "parameterless",
 ]
 
 _HOME = {
     "estimators": ("Weights",),
-    "model": ("Model", "ModelError", "Posterior"),
+    "model": ("Model", "ModelError", "Posterior", "parameterless"),
     "objective": ("BoundObjective", "Objective"),
     "objectives": ("CIWAE", "IWAE", "MIWAE", "VAE", "LAlpha", "Median", "Power", "Split"),
     "plugins": ("PluginError", "estimator_names", "get_estimator", "get_objective", "objective_names"),

@@ -16,6 +16,7 @@ from mcobjectives.model import Latent, ModelError, Samples, has_methods, joined,
 
 _ROWS_AT_ONCE = {"cpu": 2500, "cuda": 200_000}
 _LOG_WEIGHTS_AT_ONCE = 1000
+_EQUAL = 1e-3
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -262,8 +263,8 @@ def pareto_khat(largest: Tensor) -> Tensor:
     """Shape of the generalised Pareto distribution of the largest weights, `(tail + 1, batch) -> (batch,)`.
 
     `largest` holds the largest log-weights in descending order, the last of them the cutoff. Fitted by Zhang & Stephens
-    (2009) with the weak prior of Vehtari et al. (2024). NaN where there is no tail or its weights are all equal,
-    infinite where three quarters of them vanish beside the largest.
+    (2009) with the weak prior of Vehtari et al. (2024). NaN where there is no tail or its weights are equal to a
+    thousandth, infinite where three quarters of them vanish beside the largest.
 
     Example:
         >>> import torch
@@ -279,6 +280,8 @@ def pareto_khat(largest: Tensor) -> Tensor:
     weights = torch.exp(largest - largest[0])
     excess = (weights[:-1] - weights[-1]).flip(0)  # ascending
     quartile, top = excess[int(tail / 4 + 0.5) - 1], excess[-1]
+    tied = (quartile == 0) & (weights[-1] > 0)  # with the cutoff, as where h is discrete: nothing has vanished
+    quartile = torch.where(tied, torch.where(excess > 0, excess, math.inf).amin(0), quartile)
     grid = torch.arange(1, 31 + math.isqrt(tail), dtype=excess.dtype, device=excess.device) - 0.5
     b = (1 - torch.sqrt(len(grid) / grid)).unsqueeze(1) / (3 * quartile) + 1 / top
     shape = torch.stack([torch.log1p(-row * excess).mean(0) for row in b])
@@ -286,7 +289,8 @@ def pareto_khat(largest: Tensor) -> Tensor:
     posterior = torch.where(posterior < 10 * torch.finfo(posterior.dtype).eps, 0.0, posterior)
     b_mean = (b * posterior).sum(0) / posterior.sum(0)
     khat = (tail * torch.log1p(-b_mean * excess).mean(0) + 10 * 0.5) / (tail + 10)
-    return torch.where((quartile == 0) & (top > 0), math.inf, khat)
+    khat = torch.where((quartile == 0) & (top > 0), math.inf, khat)
+    return torch.where(top < _EQUAL, math.nan, khat)
 
 
 class Activity(NamedTuple):

@@ -113,7 +113,10 @@ def joined(likelihood: Tensor, prior: Tensor, kl_weight: float = 1.0) -> Tensor:
             f"log_likelihood(x, h) has shape {tuple(likelihood.shape)} and log_prior(h) {tuple(prior.shape)}: "
             "both must be (k, batch)"
         )
-    return at_least_float32(likelihood) + kl_weight * at_least_float32(prior)
+    likelihood, prior = at_least_float32(likelihood), at_least_float32(prior)
+    if kl_weight == 0:  # outside the prior's support the weight is zero still, as for every other t
+        return likelihood + torch.where(prior == -torch.inf, prior, 0 * prior)
+    return likelihood + kl_weight * prior
 
 
 def at_least_float32(log_p: Tensor) -> Tensor:
@@ -258,8 +261,24 @@ def check_differentiable(h: Latent, log_q: Tensor) -> None:
         raise ModelError(
             f"part(s) {lost} of h ({len(parts)} in all) carry no gradient, though log q(h | x) has parameters: "
             'a pathwise gradient would be wrong; use gradient="score" or "vimco" (discrete or mixed latents); '
-            "a layer to be frozen is left out of the optimiser, with requires_grad as it is"
+            "a layer to be frozen is left out of the optimiser, with requires_grad as it is; those of a layer without "
+            "parameters are marked by mcobjectives.parameterless(h)"
         )
+
+
+def parameterless(h: Tensor) -> Tensor:
+    """h, marked as samples of a layer of q that has no parameters, so that no path through them can be lost.
+
+    For `rsample` of a q that draws a part of h from a fixed distribution, beside others that have parameters.
+
+    Example:
+        >>> noise = parameterless(torch.randn(5, 3, 2))
+        >>> noise.requires_grad, noise.is_leaf
+        (True, True)
+    """
+    h.requires_grad_()
+    h.parameterless = True  # type: ignore[attr-defined]
+    return h
 
 
 @contextmanager

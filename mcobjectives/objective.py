@@ -36,6 +36,8 @@ from mcobjectives.replay import no_draws, replayed, require_unchanged
 from mcobjectives.resampling import select
 from mcobjectives.surrogate import PLAIN, Plan, Ratio, plan_of, terms, with_value
 
+_JUMPS: dict[tuple[Any, ...], bool] = {}
+
 
 @dataclass(frozen=True)
 class Objective(ABC):
@@ -118,8 +120,16 @@ class Objective(ABC):
 
     @cached_property
     def slopes_jump(self) -> bool:
-        """Whether the slopes were seen to jump."""
-        return slopes_jump(self.slopes, self.k)
+        """Whether the slopes were seen to jump: looked at once for all that differ in how they are estimated alone."""
+        base = {f.name for f in fields(Objective)}
+        key = type(self), *(getattr(self, f.name) for f in fields(self) if f.name not in base)
+        try:
+            return _JUMPS[key]
+        except KeyError:
+            _JUMPS[key] = jump = slopes_jump(self.slopes, self.k)
+            return jump
+        except TypeError:  # of a plugin's option that cannot be hashed
+            return slopes_jump(self.slopes, self.k)
 
     def weights(self, log_w: Tensor) -> Weights:
         """The estimator's (a, c, s) at these log-weights."""

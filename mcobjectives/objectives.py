@@ -184,6 +184,8 @@ class CIWAE(Objective):
     beta: float = 0.5
 
     def reduce(self, log_w: Tensor) -> Tensor:
+        if self.beta == 0:  # 0 * -inf, where a weight is zero
+            return log_mean_exp(log_w)
         return self.beta * log_w.mean(0) + (1 - self.beta) * log_mean_exp(log_w)
 
     def slopes(self, log_w: Tensor) -> Tensor:

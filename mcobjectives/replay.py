@@ -114,12 +114,6 @@ class _ZerosOnce(torch.autograd.Function):
         )
 
 
-def parameterless(sample: Tensor) -> None:
-    """Mark a sample of a q without parameters as differentiable, and as nobody's parameter."""
-    sample.requires_grad_()
-    sample.parameterless = True  # type: ignore[attr-defined]
-
-
 def _leaves(value: Tensor) -> list[Tensor]:
     """The tensors that a graph accumulates gradients into."""
     found: dict[int, Tensor] = {}

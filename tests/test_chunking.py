@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributions import Normal
 from toys import (
     F64,
     Curved,
@@ -25,7 +26,7 @@ from toys import (
 )
 
 import mcobjectives.objective
-from mcobjectives import CIWAE, IWAE, MIWAE, VAE, LAlpha, Median, Power, Split
+from mcobjectives import CIWAE, IWAE, MIWAE, VAE, LAlpha, Median, ModelError, Power, Split, parameterless
 from mcobjectives.model import Samples
 from mcobjectives.reductions import effective_sample_size
 from mcobjectives.resampling import inclusion_probabilities, select
@@ -132,6 +133,47 @@ def test_kept_samples_whose_weights_change_when_evaluated_again_raise(make, grad
     objective = IWAE(k=6, gradient=gradient, backward_samples=2, chunk_size=chunk_size)
     with pytest.raises(RuntimeError, match=r"another value when it is evaluated again.*dropout.*model\.eval\(\)"):
         objective(model, model.data())
+
+
+class SemiImplicit(LinearGaussian):
+    """q(e) q(z | e, x), with e of a fixed distribution: h = (e, z)."""
+
+    mark = staticmethod(parameterless)
+
+    def posterior(self, x):
+        mean, mark = x @ self.q_gain.T + self.q_offset, self.mark
+
+        class Q:
+            def rsample(self, shape):
+                e = mark(torch.randn(*shape, *mean.shape, dtype=F64))
+                return e, mean + 0.5 * e + 0.7 * torch.randn(*shape, *mean.shape, dtype=F64)
+
+            def log_prob(self, h):
+                e, z = h
+                return (Normal(0.0, 1.0).log_prob(e) + Normal(mean + 0.5 * e, 0.7).log_prob(z)).sum(-1)
+
+        return Q()
+
+    def log_likelihood(self, x, h):
+        return super().log_likelihood(x, h[1])
+
+    def log_prior(self, h):
+        return super().log_prior(h[1]) + Normal(h[1], 1.0).log_prob(h[0]).sum(-1)
+
+
+@pytest.mark.parametrize("gradient", ["reparam", "dreg"])
+def test_a_layer_of_q_without_parameters_is_marked(gradient):
+    model = SemiImplicit()
+    assert_same_in_chunks(IWAE(k=6, gradient=gradient), model, model.data(), [1, 4, 6])
+    few, all_of_them = (IWAE(k=6, gradient=gradient, backward_samples=m) for m in (2, 6))
+    assert all(g.isfinite().all() for g in loss_gradient(few, model, model.data())[1].values())
+    expected = loss_gradient(IWAE(k=6, gradient=gradient), model, model.data())[1]
+    for name, found in loss_gradient(all_of_them, model, model.data())[1].items():
+        torch.testing.assert_close(found, expected[name])
+    unmarked = SemiImplicit()
+    unmarked.mark = lambda e: e
+    with pytest.raises(ModelError, match=r"part\(s\) \[0\].*mcobjectives\.parameterless"):
+        IWAE(k=6, gradient=gradient)(unmarked, model.data())
 
 
 class FarDropout(LinearGaussian):

@@ -354,6 +354,31 @@ def test_khat_where_there_is_none():
     assert float(of_weights(torch.arange(100.0).unsqueeze(1) * 1e3).khat) == math.inf
 
 
+@pytest.mark.parametrize("k", [100, 1000, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_that_are_equal_but_for_rounding_are_reliable(k, dtype):
+    class Exact:
+        def posterior(self, x):
+            return Independent(Normal(x / 2, 0.5**0.5), 1)
+
+        def log_joint(self, x, h):
+            return (Normal(0.0, 1.0).log_prob(h) + Normal(h, 1.0).log_prob(x)).sum(-1)
+
+    torch.manual_seed(0)
+    found = evaluate(Exact(), 2**0.5 * torch.randn(50, 10, dtype=dtype), k=k)
+    assert float(found.ess.min()) > k - 0.1 and found.unreliable == 0
+
+
+def test_weights_of_few_values_have_no_tail():
+    """A discrete h: the largest weights are tied at the cutoff, and none has vanished."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(10, 40, generator=generator, dtype=F64)
+    drawn = torch.randint(0, 10, (1000, 40), generator=generator)
+    found = of_weights(values.gather(0, drawn))
+    assert not bool(found.khat.isinf().any()) and found.unreliable == 0
+    assert float(found.ess.min()) > 100
+
+
 def test_unreliable_counts_heavy_tails():
     normal = torch.randn(5000, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
     found = of_weights(normal * torch.tensor([0.3, 0.3, 5.0]))

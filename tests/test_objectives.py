@@ -6,7 +6,7 @@ import copy
 import math
 import pickle
 import re
-from dataclasses import FrozenInstanceError, dataclass, replace
+from dataclasses import FrozenInstanceError, dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -442,6 +442,53 @@ def test_an_objective_used_once_pickles_and_compares_as_before():
     model, objective = LinearGaussian(), IWAE(k=3, gradient="dreg")
     objective(model, model.data())
     assert pickle.loads(pickle.dumps(objective)) == objective == IWAE(k=3, gradient="dreg")
+
+
+def test_ciwae_without_vae_is_iwae_where_a_weight_is_zero():
+    log_w = torch.tensor([[0.0], [-torch.inf]], dtype=F64)
+    torch.testing.assert_close(CIWAE(k=2, beta=0.0).reduce(log_w), IWAE(k=2).reduce(log_w))
+
+
+@pytest.mark.parametrize("objective", [IWAE(k=20, kl_weight=0.0), LAlpha(k=20, alpha=0.0)], ids=repr)
+def test_without_the_prior_its_support_still_counts(objective):
+    class Bounded(LinearGaussian):
+        def log_prior(self, h):
+            inside = (h.abs() < 1.0).all(-1)
+            return torch.where(inside, 0.0, -torch.inf).to(h) + 0 * super().log_prior(h)
+
+    model = Bounded()
+    torch.manual_seed(0)
+    h = model.posterior(model.data()).rsample((20,))
+    likelihood, inside = model.log_likelihood(model.data(), h), (h.abs() < 1.0).all(-1)
+    assert not inside.all() and inside.any(0).all()
+    torch.manual_seed(0)
+    if isinstance(objective, LAlpha):  # a mean of log-weights is -inf then, and says so
+        with pytest.raises(ValueError, match=r"not finite .* some of their weights are zero"):
+            objective.bound(model, model.data())
+    else:
+        expected = torch.where(inside, likelihood, -torch.inf).logsumexp(0) - math.log(20)
+        torch.testing.assert_close(objective.bound(model, model.data()), expected)
+
+
+def test_slopes_are_looked_at_once_for_all_that_are_estimated_alike(monkeypatch):
+    looked = []
+    monkeypatch.setattr(
+        "mcobjectives.objective.slopes_jump", lambda slopes, k: looked.append(k) or derivatives.slopes_jump(slopes, k)
+    )
+    for t in (0.1, 0.2, 1.0):
+        IWAE(k=37, gradient="dreg", kl_weight=t)
+    assert looked == [37]
+
+    @dataclass(frozen=True)
+    class Listed(Objective):
+        k: int = 38
+        options: list = field(default_factory=list)
+
+        def reduce(self, log_w):
+            return log_w.amax(0)
+
+    with pytest.raises(ValueError, match="jump"):
+        Listed(gradient="dreg")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from importlib.metadata import EntryPoint
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Bernoulli, Independent, LogNormal, Normal, Uniform
+from torch.distributions import Bernoulli, Categorical, Independent, LogNormal, Normal, Uniform
 
 from mcobjectives import IWAE, MIWAE, VAE, LAlpha, Median, Objective, Power, Split, Weights, get_objective, plugins
 from mcobjectives.estimators import require_smooth
@@ -901,6 +901,35 @@ class ScalarScale(Gaussian):
 
     def moments(self, x):
         return self.encoder(x), self.log_sd.exp()
+
+
+class OneOfTwo(Gaussian):
+    """The scores of a softmax's logits cancel: of their sum nothing but rounding is left."""
+
+    wrong = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(3, 2), nn.Embedding(2, 3)
+
+    def posterior(self, x):
+        logits = self.encoder(x)
+        q = Categorical(logits=logits)
+        return type("Q", (), {"sample": Categorical(logits=logits * self.wrong).sample, "log_prob": q.log_prob})()
+
+    def log_likelihood(self, x, h):
+        return Normal(self.decoder(h), 1.0).log_prob(x).sum(-1)
+
+    def log_prior(self, h):
+        return torch.full(h.shape, math.log(0.5))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rounding_is_no_bias_of_the_score(x, seed):
+    torch.manual_seed(seed)
+    check_model(OneOfTwo(), x, seed=seed)
+    with pytest.raises(ConformanceError, match="grad log q"):
+        check_model(type("Wrong", (OneOfTwo,), {"wrong": 3.0})(), x, seed=seed)
 
 
 def test_a_parameter_without_dimensions_is_no_failure(x):

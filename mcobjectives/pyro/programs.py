@@ -15,8 +15,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from mcobjectives.model import ModelError, rng_state, set_rng_state
-from mcobjectives.replay import parameterless
+from mcobjectives.model import ModelError, parameterless, rng_state, set_rng_state
 
 
 class Site(NamedTuple):

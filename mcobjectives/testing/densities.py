@@ -74,7 +74,7 @@ def _vanishes(model: Any, seed: int, scalar: Callable[[], Tensor], what: str) ->
     named = trainable(model)
     generator = torch.Generator().manual_seed(seed)
     signs = [torch.randint(0, 2, (_DIRECTIONS, *p.shape), generator=generator).to(p) * 2 - 1 for p in named.values()]
-    rows = []
+    rows, sizes = [], []
     for _ in range(_REPLICATES):
         value = scalar()
         if not (named and value.requires_grad):
@@ -85,9 +85,13 @@ def _vanishes(model: Any, seed: int, scalar: Callable[[], Tensor], what: str) ->
             for d, g in zip(signs, grads, strict=True)
         ]
         rows.append(torch.stack([slope.detach().double().cpu() for slope in slopes]))
+        sizes.append(torch.tensor([0.0 if g is None else float(g.abs().sum()) for g in grads], dtype=torch.float64))
     found = torch.stack(rows)  # (replicates, parameters, directions)
+    rounding = 1e-9 + 1e-5 * torch.stack(sizes).amax(0).unsqueeze(
+        1
+    )  # all that is left where terms cancel, as a softmax's
     mean, error = found.mean(0), found.std(0) / math.sqrt(_REPLICATES)
-    z = torch.where(found.abs().amax(0) > 1e-9, mean.abs() / error.clamp(min=1e-30), 0.0)
+    z = torch.where(found.abs().amax(0) > rounding, mean.abs() / error.clamp(min=1e-30), 0.0)
     if not float(z.max()) <= LARGEST_Z:
         at = divmod(int(z.argmax()), _DIRECTIONS)
         raise Broken(
