@@ -49,7 +49,7 @@ def _standard_normal(model: Any, h: Latent) -> Distribution:
     if given.requires_grad:
         raise ModelError(
             "analytic_kl=True: log_prior has parameters, which would get no gradient: give the model a `prior` (a "
-            "torch Distribution that holds them), or use analytic_kl=False"
+            "torch Distribution that holds them), freeze them by requires_grad_(False), or use analytic_kl=False"
         )
     if given.shape != expected.shape or not torch.allclose(given, expected, rtol=1e-3, atol=1e-3):
         raise ModelError(

@@ -194,7 +194,7 @@ def _chunks(posterior: Any, k: int, chunk_size: int) -> Iterator[Latent]:
     span = max(Samples.BLOCK, chunk_size // Samples.BLOCK * Samples.BLOCK)
     for start in range(0, k, span):
         h = samples.draw(start, min(start + span, k))
-        if span <= chunk_size:
+        if min(span, k - start) <= chunk_size:
             yield h  # itself: a flow without an inverse knows the density of these very tensors
             continue
         for first in range(0, min(span, k - start), chunk_size):

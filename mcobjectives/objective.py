@@ -31,8 +31,9 @@ from mcobjectives.model import (
     refuse_transforms,
     require,
     rng_state,
+    same_state,
 )
-from mcobjectives.replay import no_draws, replayed, require_unchanged
+from mcobjectives.replay import replayed, require_unchanged
 from mcobjectives.resampling import select
 from mcobjectives.surrogate import PLAIN, Plan, Ratio, plan_of, terms, with_value
 
@@ -253,8 +254,15 @@ class Objective(ABC):
         if samples.attach is not None:
             chosen = samples.attach(chosen)
         what = "log p(x, h) - log q(h | x)"
-        with no_draws(what, index):
-            kept = terms(self._plan, log_p, log_q, chosen, m, self.tempering, ratio)
+        before = rng_state() if may_synchronise(log_w) else None
+        kept = terms(self._plan, log_p, log_q, chosen, m, self.tempering, ratio)
+        if before is not None and not same_state(before, rng_state()):
+            # A dropout, perhaps, whose change passes for rounding beside log p(x, h); or a thread that loads data.
+            with torch.no_grad():
+                fixed = pytree.tree_map(torch.Tensor.detach, chosen)
+                again = terms(PLAIN, log_p, log_q, fixed, m, self.tempering, Ratio()).log_w
+            cast_anew()
+            require_unchanged(again, kept.log_w, what, tolerance=1e-5 if again.dtype == torch.float32 else 1e-10)
         # Loosely: in half precision m rows are not multiplied as k rows are, to the last of their few bits.
         require_unchanged(kept.log_w, log_w.gather(0, index), what, tolerance=1e-2)
         return with_value(kept.weighted_sum(weights), bound)

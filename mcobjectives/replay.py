@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mcobjectives.model import may_synchronise, refuse_transforms, rng_state, same_state
+from mcobjectives.model import may_synchronise, refuse_transforms
 
 Share = Callable[[int], Tensor]
 """i -> the share of chunk i in S for each data point, `(batch,)`; the same numbers whenever it is called."""
@@ -35,31 +34,12 @@ def autocast_as_now(device: str) -> Callable[[], torch.autocast]:
 def require_unchanged(again: Tensor, first: Tensor, what: str, tolerance: float = 1e-4) -> None:
     """Raise where something evaluated again for the gradient has another value: its gradient would be wrong."""
     if may_synchronise(again) and not torch.allclose(again, first, rtol=tolerance, atol=tolerance, equal_nan=True):
-        raise _changed(what)
-
-
-@contextmanager
-def no_draws(what: str, like: Tensor) -> Iterator[None]:
-    """Raise where something evaluated again draws random numbers inside: it has another value, if only a little.
-
-    On the scale of log p(x, h) a dropout's change may pass for rounding, and yet be a factor in a weight.
-    """
-    if not may_synchronise(like):
-        yield
-        return
-    before = rng_state()
-    yield
-    if not same_state(before, rng_state()):
-        raise _changed(what)
-
-
-def _changed(what: str) -> RuntimeError:
-    return RuntimeError(
-        f"{what} has another value when it is evaluated again for the gradient (random numbers such as dropout or "
-        "batch normalisation in the model, parameters changed in between or swapped by "
-        "torch.func.functional_call): use gradient='reparam' without chunk_size and backward_samples, or "
-        "model.eval(), or call backward() inside the context that sets the parameters"
-    )
+        raise RuntimeError(
+            f"{what} has another value when it is evaluated again for the gradient (random numbers such as dropout or "
+            "batch normalisation in the model, parameters changed in between or swapped by "
+            "torch.func.functional_call): use gradient='reparam' without chunk_size and backward_samples, or "
+            "model.eval(), or call backward() inside the context that sets the parameters"
+        )
 
 
 class _Replayed(torch.autograd.Function):

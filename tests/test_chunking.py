@@ -193,6 +193,20 @@ def test_kept_samples_whose_weights_change_by_little_beside_them_raise(gradient,
     assert torch.isfinite(objective(model.eval(), model.data()))
 
 
+class Draws(LinearGaussian):
+    """Random numbers that change nothing, as those that another thread draws meanwhile."""
+
+    def log_likelihood(self, x, h):
+        torch.rand(3)
+        return super().log_likelihood(x, h)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_random_numbers_that_change_no_weight_are_no_fault(chunk_size):
+    model = Draws().off_posterior()
+    assert torch.isfinite(IWAE(k=6, backward_samples=2, chunk_size=chunk_size)(model, model.data()))
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(
     "objective",

@@ -8,6 +8,7 @@ from mcobjectives import IWAE, VAE, ModelError
 from mcobjectives.evaluation import evaluate
 from mcobjectives_examples.models import GaussianChain, PaperModel, paper_model
 from mcobjectives_examples.paper import paper
+from mcobjectives_examples.pruning import pruned
 
 DEPTHS = {1: ([8], [3]), 2: ([8, 6], [5, 3]), 3: ([8, 7, 6], [5, 4, 3])}
 
@@ -40,6 +41,7 @@ def test_the_analytic_kl_is_the_textbook_formula_and_is_for_one_layer():
     found = VAE(k=3, analytic_kl=True).bound(model, x)
     torch.manual_seed(0)
     torch.testing.assert_close(found, model.log_likelihood(x, model.posterior(x).rsample((3,))).mean(0) - kl)
+    assert torch.isfinite(VAE(analytic_kl=True)(pruned(model, [[0, 2]]), x))
     with pytest.raises(ModelError, match="analytic_kl=True needs a torch Distribution as posterior"):
         VAE(analytic_kl=True)(small(2), x)
 

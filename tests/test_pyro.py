@@ -242,6 +242,24 @@ def test_samples_are_evaluated_at_the_x_that_is_given():
     close(pair.log_joint(drawn_for, h), Normal(0.0, 1.0).log_prob(z) + Normal(z, 1.0).log_prob(drawn_for))
 
 
+def test_samples_keep_their_subsample_whatever_x_is_called():
+    def program(x):
+        with pyro.plate("data", N, subsample_size=B) as i:
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[i])
+
+    def guide(x):
+        with pyro.plate("data", N, subsample_size=B) as i:
+            pyro.sample("z", dist.Normal(x[i], 0.001))
+
+    pair = PyroModel(program, guide)
+    posterior = pair.posterior(DATA)
+    h = posterior.sample(torch.Size((2,)))
+    for again in (DATA, DATA[:], DATA.clone(), Arguments(x=DATA)):
+        close(pair.log_joint(again, h), pair.log_joint(DATA, h))
+        close(pair.posterior(again).log_prob(h), posterior.log_prob(h))
+
+
 def test_densities_of_the_same_samples_follow_the_parameters():
     decoder = nn.Linear(1, 1).double()
 

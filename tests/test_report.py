@@ -296,6 +296,13 @@ def test_a_cap_is_found_out_from_any_tables_cells(tmp_path, number, cap):
     assert number in {run.number for run in runs}
 
 
+@pytest.mark.parametrize("specs", [["vae(k=1)"], ["vae(k=1)", "vae(k=5)", "iwae(k=5)"]])
+def test_a_table_that_is_begun_tells_of_no_cap(tmp_path, specs):
+    for spec in specs:  # all that table 9 would have with k capped at 1 or 5
+        record(tmp_path, Config("mnist", "once", 1, spec, SHORT))
+    assert [run.number for run in records.table_runs(records.read(tmp_path))] == ["2"]
+
+
 def test_a_figure_whose_name_ends_in_a_seed_is_no_cell(tmp_path):
     record(tmp_path, configurations(rows(5, SHORT))[0])
     (tmp_path / "figure-5-seed0.png.json").write_text("{}")

@@ -469,6 +469,20 @@ def test_what_shows_beside_the_objectives_alone_is_found(monkeypatch, estimator,
     assert raised.value.properties == {where}
 
 
+def moving_baseline(objective, log_w):
+    """A baseline of the calls before."""
+    f, g = objective.reduce(log_w), objective.slopes(log_w)
+    before = moving_baseline.value
+    moving_baseline.value = 0.9 * before + 0.1 * float(f.mean())
+    return Weights(g, None, objective.tempering * g - (f - before))
+
+
+def test_a_baseline_that_learns_is_none_of_the_batch(monkeypatch):
+    moving_baseline.value = 0.0
+    register(monkeypatch, moving_baseline)
+    assert not broken(check_estimator("probe"))
+
+
 @pytest.mark.parametrize("name", ["reparam", "dreg", "score", "vimco"])
 def test_the_librarys_own_temper_rightly(name):
     assert [f.passed for f in check_estimator(name) if f.property == "kl_weight"] == [True]

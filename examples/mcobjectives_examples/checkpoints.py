@@ -25,8 +25,11 @@ class OutputError(RuntimeError):
 
 def require_writable(path: Path) -> None:
     """Raise `OutputError` where a file could not be written: before the work on what it is to hold."""
-    write_atomically(path.with_name(f".{path.name}"), lambda file: None)
-    path.with_name(f".{path.name}").unlink()
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder: name a file")
+    probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
+    write_atomically(probe, lambda file: None)
+    probe.unlink()
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

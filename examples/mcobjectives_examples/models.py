@@ -126,7 +126,7 @@ class PaperModel(nn.Module):
         super().__init__()
         if not hidden or len(hidden) != len(latent):
             raise ValueError(f"hidden and latent must have one width per layer, got {hidden!r} and {latent!r}")
-        pixels, self.latent = len(pixel_means), latent[-1]
+        pixels = len(pixel_means)
         inputs = [pixels, *latent[:-1]]
         self.encoder = nn.ModuleList(map(GaussianLayer, inputs, hidden, latent))
         # prior[i] is p(h_{i+1} | h_{i+2}), counted from x upwards; the topmost prior is N(0, I).
@@ -146,7 +146,9 @@ class PaperModel(nn.Module):
         """p(h) = N(0, I) for one layer, for `analytic_kl=True`; None for several, whose prior is a chain."""
         if self.prior_layers:
             return None
-        zeros = next(self.parameters()).new_zeros(self.latent)
+        first = self.decoder[0]
+        assert isinstance(first, nn.Linear)
+        zeros = first.weight.new_zeros(first.weight.shape[1])
         return Independent(Normal(zeros, zeros + 1, validate_args=False), 1, validate_args=False)
 
     def posterior(self, x: Tensor) -> Any:

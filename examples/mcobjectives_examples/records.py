@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from mcobjectives_examples.drawing import FORMATS
 from mcobjectives_examples.paper import paper, table
 from mcobjectives_examples.presets import Preset
 from mcobjectives_examples.tables import Row, filled, rows
-from mcobjectives_examples.training import Config
+from mcobjectives_examples.training import Config, canonical
 
 Records = dict[Config, dict[str, Any]]
 
@@ -57,7 +58,7 @@ def table_runs(records: Records) -> list[TableRun]:
     """The paper's tables, in their order, of which anything is recorded.
 
     On another data set than its own a table is made only of what no other shows: neither the data set's own tables nor
-    a table before it. A cap on k is taken from the results, where it accounts for more of them than the paper's k do.
+    a table before it. A cap on k is taken from results that no table has as it is, where it accounts for more of them.
     """
 
     def foreign(pair: tuple[str, Config]) -> bool:
@@ -89,7 +90,8 @@ def _rows(number: str, like: Config, records: Records) -> list[Row]:
     """A table's rows by the protocol of a configuration, with the cap and the seeds of which most is recorded."""
     alike = [c for c in records if (c.dataset, c.binarisation) == (like.dataset, like.binarisation)]
     seeds = sorted({c.seed for c in alike})
-    ks = {k for c in alike if c.preset == like.preset and (k := _k_of(c.objective)) is not None}
+    capped = {c.objective for c in alike if c.preset == like.preset} - _papers_objectives()
+    ks = {k for spec in capped if (k := _k_of(spec)) is not None}
     attempts = [(cap, _with(records, number, like, seeds, cap)) for cap in (None, *sorted(ks))]
     cap, most = max(attempts, key=lambda attempt: len({c for row in attempt[1] for c in row.configs if c in records}))
     used = [seed for i, seed in enumerate(seeds) if any(row.results[i] is not None for row in most)]
@@ -99,6 +101,12 @@ def _rows(number: str, like: Config, records: Records) -> list[Row]:
 def _with(records: Records, number: str, like: Config, seeds: Sequence[int], cap: int | None) -> list[Row]:
     options = {"dataset": like.dataset, "binarisation": like.binarisation, "seeds": seeds, "cap": cap}
     return filled(rows(number, like.preset, **options), records.get)  # type: ignore[arg-type]
+
+
+@cache
+def _papers_objectives() -> frozenset[str]:
+    """Those of any of the tables as they are: no cell of one tells of a cap."""
+    return frozenset(canonical(row["objective"]) for number in paper()["tables"] for row in table(number)["rows"])
 
 
 def _k_of(spec: str) -> int | None:

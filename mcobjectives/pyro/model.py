@@ -172,9 +172,12 @@ class PyroModel(torch.nn.Module):
         return Layout(nesting, structure.plate if self.weights == "auto" else None)
 
     def _sites(self, x: Any, h: Any) -> Sites:
-        if isinstance(h, Sites) and (x is None or h.posterior.same_data(*_as_arguments(x))):
+        if not isinstance(h, Sites):
+            return Sites(h, self.posterior(x))
+        args, kwargs = _as_arguments(x)
+        if x is None or h.posterior.same_data(args, kwargs):
             return h  # which know their x
-        return Sites(dict(h), self.posterior(x))
+        return Sites(dict(h), GuidePosterior(self, args, kwargs, self._layout(args, kwargs), h.posterior.drawn_data))
 
     def _density(self, h: Sites, *, likelihood: bool, prior: bool) -> Tensor:
         layout, k = h.posterior.layout, h.k
@@ -218,7 +221,7 @@ class GuidePosterior:
         self.owner, self.args, self.kwargs, self.layout = owner, args, kwargs, layout
         self.subsamples: dict[str, Any] = {} if subsamples is None else subsamples
         structure = owner.structure(Arguments(*args, **kwargs))
-        self.has_rsample = structure.reparameterised
+        self.has_rsample, self._subsampled = structure.reparameterised, structure.subsampled
         # Distributions that do not depend on other sites' samples are kept: no further execution is needed.
         self._kept: Trace | None = None
         if owner._independent:
@@ -253,6 +256,11 @@ class GuidePosterior:
         assert total is not None
         return total
 
+    @property
+    def drawn_data(self) -> dict[str, Any] | None:
+        """The indices of the subsample that its samples belong to, None where plates are whole."""
+        return self.subsamples if self._subsampled else None
+
     def same_data(self, args: tuple, kwargs: dict) -> bool:
         """Whether these are the very arguments that the guide was called with."""
         theirs = {**dict(enumerate(args)), **kwargs}
@@ -260,12 +268,12 @@ class GuidePosterior:
         return ours.keys() == theirs.keys() and all(value is theirs[name] for name, value in ours.items())
 
     def _own(self, h: Any) -> Sites:
-        """h to be evaluated here: samples of another posterior at the same data keep its subsample, no densities."""
+        """h to be evaluated here: samples of another posterior keep its subsample, and none of its densities."""
         if isinstance(h, Sites) and h.posterior is self:
             return h
         posterior = self
-        if isinstance(h, Sites) and h.posterior.subsamples and h.posterior.same_data(self.args, self.kwargs):
-            posterior = GuidePosterior(self.owner, self.args, self.kwargs, self.layout, h.posterior.subsamples)
+        if isinstance(h, Sites) and h.posterior.drawn_data is not None:
+            posterior = GuidePosterior(self.owner, self.args, self.kwargs, self.layout, h.posterior.drawn_data)
         return Sites(dict(h), posterior)
 
     def evaluate(self, h: Sites) -> Trace:

@@ -85,7 +85,7 @@ def model_findings(model: Any, x: Any, *, k: int = 4, seed: int = 0) -> list[Fin
 def _copied(model: Any) -> Iterator[tuple[Any, bool]]:
     """A copy of the model, and whether it is one; inside, Pyro's parameters are copies too, where Pyro is used."""
     pyro = sys.modules.get("pyro")
-    store = pyro.get_param_store() if pyro is not None else None
+    store = pyro.get_param_store() if hasattr(pyro, "get_param_store") else None  # type: ignore[union-attr]
     try:
         twin, state = copy.deepcopy((model, store.get_state() if store is not None else None))
     except Exception:  # what cannot be copied is used as it is
