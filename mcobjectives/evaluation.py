@@ -277,11 +277,15 @@ def pareto_khat(largest: Tensor) -> Tensor:
     tail = largest.shape[0] - 1
     if tail < 5:
         return torch.full_like(largest[0], math.nan)
+    largest = _double(largest)
+    tiny = torch.finfo(largest.dtype).tiny
     weights = torch.exp(largest - largest[0])
     excess = (weights[:-1] - weights[-1]).flip(0)  # ascending
     quartile, top = excess[int(tail / 4 + 0.5) - 1], excess[-1]
-    tied = (quartile == 0) & (weights[-1] > 0)  # with the cutoff, as where h is discrete: nothing has vanished
-    quartile = torch.where(tied, torch.where(excess > 0, excess, math.inf).amin(0), quartile)
+    # With the cutoff, as where h is discrete: among weights of which many count, it is not that they have vanished.
+    many = weights.sum(0).square() / weights.square().sum(0) >= tail / 4
+    tied = (quartile < tiny) & (weights[-1] >= tiny) & many
+    quartile = torch.where(tied, torch.where(excess >= tiny, excess, math.inf).amin(0), quartile)
     grid = torch.arange(1, 31 + math.isqrt(tail), dtype=excess.dtype, device=excess.device) - 0.5
     b = (1 - torch.sqrt(len(grid) / grid)).unsqueeze(1) / (3 * quartile) + 1 / top
     shape = torch.stack([torch.log1p(-row * excess).mean(0) for row in b])
@@ -289,7 +293,7 @@ def pareto_khat(largest: Tensor) -> Tensor:
     posterior = torch.where(posterior < 10 * torch.finfo(posterior.dtype).eps, 0.0, posterior)
     b_mean = (b * posterior).sum(0) / posterior.sum(0)
     khat = (tail * torch.log1p(-b_mean * excess).mean(0) + 10 * 0.5) / (tail + 10)
-    khat = torch.where((quartile == 0) & (top > 0), math.inf, khat)
+    khat = torch.where((quartile < tiny) & (top > 0), math.inf, khat)
     return torch.where(top < _EQUAL, math.nan, khat)
 
 

@@ -269,14 +269,16 @@ def check_differentiable(h: Latent, log_q: Tensor) -> None:
 def parameterless(h: Tensor) -> Tensor:
     """h, marked as samples of a layer of q that has no parameters, so that no path through them can be lost.
 
-    For `rsample` of a q that draws a part of h from a fixed distribution, beside others that have parameters.
+    For `rsample` of a q that draws a part of h from a fixed distribution, beside others that have parameters: freshly
+    drawn samples, outside transforms of torch.func.
 
     Example:
         >>> noise = parameterless(torch.randn(5, 3, 2))
         >>> noise.requires_grad, noise.is_leaf
         (True, True)
     """
-    h.requires_grad_()
+    if torch.is_grad_enabled():
+        h.requires_grad_()
     h.parameterless = True  # type: ignore[attr-defined]
     return h
 

@@ -123,14 +123,13 @@ class Objective(ABC):
     def slopes_jump(self) -> bool:
         """Whether the slopes were seen to jump: looked at once for all that differ in how they are estimated alone."""
         base = {f.name for f in fields(Objective)}
-        key = type(self), *(getattr(self, f.name) for f in fields(self) if f.name not in base)
-        try:
-            return _JUMPS[key]
-        except KeyError:
-            _JUMPS[key] = jump = slopes_jump(self.slopes, self.k)
-            return jump
-        except TypeError:  # of a plugin's option that cannot be hashed
-            return slopes_jump(self.slopes, self.k)
+        own = {name: value for name, value in self.__getstate__().items() if name not in base}
+        if not all(value is None or isinstance(value, (bool, int, float, str)) for value in own.values()):
+            return slopes_jump(self.slopes, self.k)  # what a plugin's option holds may change
+        key = type(self), *sorted(own.items())
+        if key not in _JUMPS:
+            _JUMPS[key] = slopes_jump(self.slopes, self.k)
+        return _JUMPS[key]
 
     def weights(self, log_w: Tensor) -> Weights:
         """The estimator's (a, c, s) at these log-weights."""
@@ -262,7 +261,7 @@ class Objective(ABC):
                 fixed = pytree.tree_map(torch.Tensor.detach, chosen)
                 again = terms(PLAIN, log_p, log_q, fixed, m, self.tempering, Ratio()).log_w
             cast_anew()
-            require_unchanged(again, kept.log_w, what, tolerance=1e-5 if again.dtype == torch.float32 else 1e-10)
+            require_unchanged(again, kept.log_w, what, tolerance=1e-6 if again.dtype == torch.float32 else 1e-10)
         # Loosely: in half precision m rows are not multiplied as k rows are, to the last of their few bits.
         require_unchanged(kept.log_w, log_w.gather(0, index), what, tolerance=1e-2)
         return with_value(kept.weighted_sum(weights), bound)

@@ -379,6 +379,24 @@ def test_weights_of_few_values_have_no_tail():
     assert float(found.ess.min()) > 100
 
 
+def test_a_few_huge_weights_over_ties_are_a_heavy_tail():
+    """q hardly ever draws what holds all of the mass: the other weights are tied."""
+    generator = torch.Generator().manual_seed(0)
+    rare = torch.rand(5000, 200, generator=generator, dtype=F64) < 2e-4
+    log_q = torch.where(rare, math.log(2e-4), math.log1p(-2e-4))
+    found = of_weights(torch.where(rare, 0.0, -20.0) - log_q)
+    drawn = rare.any(0)
+    assert bool(found.khat[drawn & (rare.sum(0) < 10)].isinf().all()) and float(drawn.double().mean()) > 0.5
+    steps = 10 * (torch.rand(5000, 20, generator=generator, dtype=F64).log() / math.log(0.1)).floor()  # geometric
+    assert float((of_weights(steps).khat > 0.7).double().mean()) > 0.9
+
+
+@pytest.mark.parametrize("low", [-709.0, -720.0, -740.0, -744.5, -800.0])
+def test_weights_that_vanish_beside_the_largest_are_a_heavy_tail(low):
+    log_w = torch.cat([torch.zeros(1, 3, dtype=F64), low + torch.rand(999, 3, dtype=F64)])
+    assert bool((of_weights(log_w).khat == math.inf).all())
+
+
 def test_unreliable_counts_heavy_tails():
     normal = torch.randn(5000, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
     found = of_weights(normal * torch.tensor([0.3, 0.3, 5.0]))

@@ -491,6 +491,24 @@ def test_slopes_are_looked_at_once_for_all_that_are_estimated_alike(monkeypatch)
         Listed(gradient="dreg")
 
 
+def test_jumps_are_not_remembered_of_what_is_no_plain_option():
+    class Either(IWAE):  # a plain subclass, with state beside its fields
+        def __init__(self, jumps, **options):
+            object.__setattr__(self, "jumps", jumps)
+            super().__init__(k=3, **options)
+
+        def reduce(self, log_w):
+            return log_w.amax(0) if self.jumps else super().reduce(log_w)
+
+        def slopes(self, log_w):
+            return Objective.slopes(self, log_w)
+
+    Either(False, gradient="dreg")
+    for jumps in (True, [True], (1,)):
+        with pytest.raises(ValueError, match="jump"):
+            Either(jumps, gradient="dreg")
+
+
 @dataclass(frozen=True)
 class Tabled(Objective):
     """A plugin that keeps something beside its fields, and has an option that is on by default."""

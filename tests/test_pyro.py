@@ -260,6 +260,46 @@ def test_samples_keep_their_subsample_whatever_x_is_called():
         close(pair.posterior(again).log_prob(h), posterior.log_prob(h))
 
 
+def test_a_subsample_is_kept_though_the_first_x_was_whole():
+    def size(x):
+        return {"size": len(x), "subsample_size": min(B, len(x))}
+
+    def program(x):
+        with pyro.plate("data", **size(x)) as i:
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[i])
+
+    def guide(x):
+        with pyro.plate("data", **size(x)) as i:
+            pyro.sample("z", dist.Normal(x[i], 0.001))
+
+    pair = PyroModel(program, guide)
+    assert torch.isfinite(IWAE(k=2).bound(pair, DATA[:5])).all()  # as small as a subsample
+    posterior = pair.posterior(DATA)
+    h = posterior.sample(torch.Size((2,)))
+    close(pair.posterior(DATA).log_prob(h), posterior.log_prob(h))
+    close(pair.log_joint(DATA.clone(), h), pair.log_joint(DATA, h))
+    with pytest.raises(ModelError, match=r"the samples are of data point .* which has 20: draw"):
+        pair.log_joint(DATA[:20], h)
+
+
+def test_samples_of_whole_plates_go_with_an_x_of_another_size():
+    def program(x):
+        w = pyro.sample("w", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("columns", x.shape[1], subsample_size=4, dim=-1) as i, pyro.plate("rows", len(x), dim=-2):
+            pyro.sample("x", dist.Normal(w, 1.0), obs=x[:, i])
+
+    def guide(x):
+        pyro.sample("w", dist.Normal(0.3 * torch.ones(()), 1.0))
+
+    pair = PyroModel(program, guide, scaled=True)
+    h = pair.posterior(torch.zeros(8, 6)).sample(torch.Size((2,)))
+    pair.log_joint(torch.zeros(8, 6), h)
+    w = h["w"].flatten()
+    expected = Normal(0.0, 1.0).log_prob(w) + 5 * 6 * Normal(w, 1.0).log_prob(torch.zeros(()))
+    close(pair.log_joint(torch.zeros(5, 6), h).flatten(), expected, 1e-4)
+
+
 def test_densities_of_the_same_samples_follow_the_parameters():
     decoder = nn.Linear(1, 1).double()
 

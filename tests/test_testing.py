@@ -938,6 +938,21 @@ class OneOfTwo(Gaussian):
         return torch.full(h.shape, math.log(0.5))
 
 
+class InfiniteScore(Gaussian):
+    def __init__(self):
+        super().__init__()
+        self.spread = nn.Parameter(torch.zeros(1))
+
+    def posterior(self, x):
+        q = super().posterior(x)
+        return Own(q.rsample, lambda h: q.log_prob(h) + self.spread.sqrt())
+
+
+def test_an_infinite_score_is_found(x):
+    [finding] = [f for f in model_findings(InfiniteScore(), x) if f.property == "score"]
+    assert finding.passed is False
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_rounding_is_no_bias_of_the_score(x, seed):
     torch.manual_seed(seed)

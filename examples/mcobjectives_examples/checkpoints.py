@@ -25,10 +25,13 @@ class OutputError(RuntimeError):
 
 def require_writable(path: Path) -> None:
     """Raise `OutputError` where a file could not be written: before the work on what it is to hold."""
-    if path.is_dir():
+    if os.path.isdir(path):  # which is no error where the name or its folder cannot be
         raise OutputError(f"cannot write {path}: it is a folder: name a file")
-    probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
-    write_atomically(probe, lambda file: None)
+    probe = path.with_name(".probe")
+    try:
+        write_atomically(probe, lambda file: None)
+    except OutputError as error:
+        raise OutputError(str(error).replace(str(probe), str(path))) from error
     probe.unlink()
 
 

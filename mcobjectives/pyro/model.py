@@ -208,6 +208,7 @@ class PyroModel(torch.nn.Module):
         given = {name: site.value for name, site in q.items() if not site.observed}
         run = Recorder(h.k, posterior.layout.nesting, posterior.subsamples, given=given, draw=False)
         trace = run.run(self.model, posterior.args, posterior.kwargs)
+        posterior.note(run)
         check_matched(q, trace)  # programs may branch on their arguments
         return trace
 
@@ -219,9 +220,10 @@ class GuidePosterior:
         self, owner: PyroModel, args: tuple, kwargs: dict, layout: Layout, subsamples: dict[str, Any] | None = None
     ) -> None:
         self.owner, self.args, self.kwargs, self.layout = owner, args, kwargs, layout
-        self.subsamples: dict[str, Any] = {} if subsamples is None else subsamples
+        self.subsamples: dict[str, Any] = dict(subsamples or {})
+        self._drawn = set(self.subsamples)
         structure = owner.structure(Arguments(*args, **kwargs))
-        self.has_rsample, self._subsampled = structure.reparameterised, structure.subsampled
+        self.has_rsample = structure.reparameterised
         # Distributions that do not depend on other sites' samples are kept: no further execution is needed.
         self._kept: Trace | None = None
         if owner._independent:
@@ -256,10 +258,14 @@ class GuidePosterior:
         assert total is not None
         return total
 
+    def note(self, run: Recorder) -> None:
+        """Remember the subsamples that an execution has drawn: the samples belong to them."""
+        self._drawn |= run.subsampled
+
     @property
     def drawn_data(self) -> dict[str, Any] | None:
-        """The indices of the subsample that its samples belong to, None where plates are whole."""
-        return self.subsamples if self._subsampled else None
+        """The indices of the subsamples that its samples belong to, None where plates are whole."""
+        return {name: self.subsamples[name] for name in self._drawn} or None
 
     def same_data(self, args: tuple, kwargs: dict) -> bool:
         """Whether these are the very arguments that the guide was called with."""
@@ -301,6 +307,7 @@ class GuidePosterior:
     def _record(self, n: int, **options: Any) -> Trace:
         run = Recorder(n, self.layout.nesting, self.subsamples, **options)
         trace = run.run(self.owner.guide, self.args, self.kwargs)
+        self.note(run)
         check_guide(trace)
         check_random(trace)
         return trace

@@ -85,7 +85,7 @@ class Recorder(Messenger):
         self.n, self.nesting, self.subsamples = n, nesting, subsamples
         self.given, self.draw, self.preview = given or {}, draw, preview
         self.sites: dict[str, Site] = {}
-        self.subsampled = False
+        self.subsampled: set[str] = set()  # the plates of which a part was drawn in this run
 
     def run(self, program: Callable, args: tuple, kwargs: dict) -> dict[str, Site]:
         """The sites of one execution that carry a density, by name."""
@@ -98,8 +98,14 @@ class Recorder(Messenger):
         if site_is_subsample(msg):
             if name in self.subsamples:
                 msg["value"], msg["done"] = self.subsamples[name], True
+                index = torch.as_tensor(self.subsamples[name])
+                if fn.subsample_size != fn.size and index.numel() and int(index.max()) >= fn.size:
+                    raise ModelError(
+                        f"the samples are of data point {int(index.max())} of plate {name!r}, which has {fn.size}: "
+                        "draw them at this x"
+                    )
             elif msg["value"] is None and fn.subsample_size is not None and fn.subsample_size < fn.size:
-                self.subsampled = True
+                self.subsampled.add(name)
             return
         deep = [f.name for f in msg["cond_indep_stack"] if f.dim is not None and -f.dim > self.nesting]
         if self.n is not None and deep and not msg["infer"].get("_deterministic"):

@@ -49,7 +49,7 @@ def inspect(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Stru
         plate=plates[0] if plates else None,
         refusal=None if plates or not local else _refusal(q, p),
         reparameterised=all(site.fn.has_rsample for site in free),
-        subsampled=guide_run.subsampled,
+        subsampled=bool(guide_run.subsampled),
     )
 
 

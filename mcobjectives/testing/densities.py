@@ -87,11 +87,11 @@ def _vanishes(model: Any, seed: int, scalar: Callable[[], Tensor], what: str) ->
         rows.append(torch.stack([slope.detach().double().cpu() for slope in slopes]))
         sizes.append(torch.tensor([0.0 if g is None else float(g.abs().sum()) for g in grads], dtype=torch.float64))
     found = torch.stack(rows)  # (replicates, parameters, directions)
-    rounding = 1e-9 + 1e-5 * torch.stack(sizes).amax(0).unsqueeze(
-        1
-    )  # all that is left where terms cancel, as a softmax's
+    # All that is left where terms cancel, as those of a softmax's logits do.
+    rounding = 1e-9 + 1e-5 * torch.stack(sizes).amax(0)[:, None]
     mean, error = found.mean(0), found.std(0) / math.sqrt(_REPLICATES)
-    z = torch.where(found.abs().amax(0) > rounding, mean.abs() / error.clamp(min=1e-30), 0.0)
+    small = found.isfinite().all(0) & (found.abs().amax(0) <= rounding)
+    z = torch.where(small, 0.0, mean.abs() / error.clamp(min=1e-30))
     if not float(z.max()) <= LARGEST_Z:
         at = divmod(int(z.argmax()), _DIRECTIONS)
         raise Broken(
