@@ -52,6 +52,10 @@ def checkpoint_path(out: Path, config: Config) -> Path:
     return out / f"{config.name}.pt"
 
 
+def first_stage_path(out: Path, config: Config) -> Path:
+    return out / f"{config.first_stage_name}.pt"
+
+
 def recorded(out: Path, config: Config, dataset_sha256: str | None = None) -> dict[str, Any] | None:
     """The recorded result of a cell, None if there is none; raises if the file is another configuration's."""
     path = result_path(out, config)
@@ -84,7 +88,7 @@ def passes_done(out: Path, configs: Sequence[Config], dataset_sha256: str) -> di
             with checkpoints.readable(path):
                 done[config] = int(checkpoints.load(path, config.to_dict(dataset_sha256), "cpu")["position"]["epoch"])
         elif config.after is not None and config.first_stage_name not in names:
-            first = out / f"{config.first_stage_name}.pt"
+            first = first_stage_path(out, config)
             if not first.exists():
                 raise checkpoints.CheckpointError(
                     f"{config.name} goes on from {first}, which is not there: move {first.stem}.json away to train "
@@ -100,7 +104,7 @@ def first_stage(out: Path, config: Config, dataset_sha256: str) -> dict[str, Any
     Raises `CheckpointError` unless it is of a finished first stage of this very cell, and of the run that is recorded
     beside it, if one is.
     """
-    path = out / f"{config.first_stage_name}.pt"
+    path = first_stage_path(out, config)
     state = checkpoints.load(path, None, "cpu")
     theirs = json.loads(state["config"])
     expected = config.to_dict(dataset_sha256) | {"objective": config.after, "after": None}
@@ -125,7 +129,7 @@ def trainer_of(config: Config, dataset: Dataset, out: Path, device: torch.device
     trainer = Trainer(config, dataset, device, checkpoint_path(out, config), **options)
     if not trainer.restore() and config.after is not None:
         state = first_stage(out, config, dataset.checksum)
-        with checkpoints.readable(out / f"{config.first_stage_name}.pt"):
+        with checkpoints.readable(first_stage_path(out, config)):
             trainer.model.load_state_dict(state["model"])
     return trainer
 
