@@ -27,9 +27,10 @@ from mcobjectives.evaluation import evaluate, layer_activity
 from mcobjectives.likelihoods import discretised_logistic_log_likelihood
 from mcobjectives.objective import Objective
 from mcobjectives.specs import parse_objective
-from mcobjectives_examples import checkpoints
+from mcobjectives_examples import checkpoints, files
 from mcobjectives_examples.cells import EVALUATION_SEED, describe
-from mcobjectives_examples.datasets import DATASETS, DataError, MissingDataError, data_dir, load
+from mcobjectives_examples.datasets import DATASETS, load
+from mcobjectives_examples.downloads import DataError, MissingDataError, data_dir
 from mcobjectives_examples.presets import Preset
 from mcobjectives_examples.provenance import provenance
 from mcobjectives_examples.training import pick_device
@@ -215,9 +216,9 @@ def main() -> None:
             parse_objective(spec)
         images = read(arguments.dataset, arguments.data_dir, arguments.download)
         if arguments.out:
-            checkpoints.require_writable(arguments.out)
+            files.require_writable(arguments.out)
         rows = [run(s, images, preset, arguments.seed, arguments.runs, device) for s in arguments.objective]
-    except (ValueError, DataError, checkpoints.CheckpointError, checkpoints.OutputError) as error:
+    except (ValueError, DataError, checkpoints.CheckpointError, files.OutputError) as error:
         sys.exit(f"convolutional.py: {error}")
     for row in rows:
         nats, ess = f"{row['nll']:.2f} ± {row['nll_stderr']:.2f} nats", f"ESS {row['ess_mean']:.1f} of {row['k']}"
@@ -226,7 +227,7 @@ def main() -> None:
     if arguments.out:
         config = {"seed": arguments.seed, "preset": dataclasses.asdict(preset), "levels": images.levels}
         record = {"config": config, "data": images.about, "rows": rows, "provenance": surroundings}
-        checkpoints.write_json(arguments.out, record)
+        files.write_json(arguments.out, record)
 
 
 if __name__ == "__main__":

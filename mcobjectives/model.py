@@ -182,8 +182,7 @@ def _describe_bad(log_p: Tensor, log_q: Tensor) -> str:
     ):
         nans, infinite = int(value.isnan().sum()), int((value == infinity).sum())
         if nans:
-            found.append(f"{name} is NaN")
-            found[-1] += f" at {nans} of {value.numel()} samples"
+            found.append(f"{name} is NaN at {nans} of {value.numel()} samples")
         if infinite:
             found.append(f"{name} is {sign}inf at {infinite} of {value.numel()} samples")
     both = int(((log_p == -torch.inf) & (log_q == -torch.inf)).sum())

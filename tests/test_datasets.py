@@ -12,7 +12,11 @@ import pytest
 import torch
 
 from mcobjectives_examples import datasets, downloads
-from mcobjectives_examples.datasets import DATASETS, DataError, Dataset, MissingDataError, binarise, load
+from mcobjectives_examples.amat import parse_amat
+from mcobjectives_examples.binarisation import MODES, binarise, test_set
+from mcobjectives_examples.datasets import DATASETS, Dataset, load
+from mcobjectives_examples.downloads import DataError, MissingDataError, data_dir
+from mcobjectives_examples.files import whole_file
 
 SIZES = (4, 3)
 SHAPE = (2, 3)
@@ -90,10 +94,10 @@ def test_unknown_name_is_told_with_the_nearest_one():
 
 def test_data_dir_takes_the_argument_then_the_variable_then_the_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("MCOBJECTIVES_DATA", "/elsewhere")
-    assert datasets.data_dir("/given") == Path("/given")
-    assert datasets.data_dir() == Path("/elsewhere")
+    assert data_dir("/given") == Path("/given")
+    assert data_dir() == Path("/elsewhere")
     monkeypatch.setenv("MCOBJECTIVES_DATA", "")
-    assert datasets.data_dir().name == "mcobjectives"
+    assert data_dir().name == "mcobjectives"
 
 
 @pytest.mark.parametrize("name", [name for name, source in DATASETS.items() if source.files])
@@ -177,8 +181,8 @@ def test_torchvisions_legacy_tensors_are_not_read_in_place_of_the_verified_files
 @pytest.fixture
 def parses(monkeypatch):
     calls = []
-    parse = downloads.parse_amat
-    monkeypatch.setattr(downloads, "parse_amat", lambda path, *size: calls.append(path.name) or parse(path, *size))
+    counted = "mcobjectives_examples.amat.parse_amat"
+    monkeypatch.setattr(counted, lambda path, *size: calls.append(path.name) or parse_amat(path, *size))
     return calls
 
 
@@ -300,7 +304,7 @@ def test_amat_blocks_join_up(tmp_path):
     text[:, :, 0] = bits + ord("0")
     text[:, -1, 1] = ord("\n")
     (tmp_path / "x.amat").write_bytes(text.tobytes() * 5)
-    packed = downloads.parse_amat(tmp_path / "x.amat", 15000, 784)
+    packed = parse_amat(tmp_path / "x.amat", 15000, 784)
     assert np.array_equal(np.unpackbits(packed, axis=1), np.tile(bits, (5, 1)))
 
 
@@ -416,7 +420,7 @@ def test_draws_on_binary_pixels_or_without_a_generator_are_refused(mode):
 
 
 @pytest.mark.parametrize("pixels", [torch.full((2, 2), torch.nan), torch.tensor([0.5, 7.0]), torch.empty(0, 4)])
-@pytest.mark.parametrize("mode", datasets.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_binarise_refuses_what_is_no_probability(pixels, mode):
     with pytest.raises(DataError, match=r"\[0, 1\]|no pixels"):
         binarise(pixels, mode, generator(0))
@@ -429,9 +433,9 @@ def test_unknown_mode_is_refused():
 
 def test_the_test_set_is_the_same_images_in_every_run():
     data = load("digits")
-    images = datasets.test_set(data, "once")
+    images = test_set(data, "once")
     torch.manual_seed(99)
-    assert torch.equal(images, datasets.test_set(data, "epoch"))
+    assert torch.equal(images, test_set(data, "epoch"))
     assert images.dtype == torch.float32
     assert set(images.unique().tolist()) == {0.0, 1.0}
     assert abs(images.mean() - data.test.mean()) < 0.01
@@ -439,15 +443,15 @@ def test_the_test_set_is_the_same_images_in_every_run():
     digest = hashlib.sha256(np.packbits(images.numpy().astype(bool)).tobytes()).hexdigest()
     assert digest.startswith("65939cfc05f2781b")
     with pytest.raises(DataError, match="use 'once' or 'epoch'"):
-        datasets.test_set(data, "fixed")
+        test_set(data, "fixed")
 
 
 def test_the_test_set_of_binary_data_is_itself(tiny, tmp_path):
     put_bits(tmp_path, tiny("binarized_mnist"))
     data = load("binarized_mnist", tmp_path)
-    assert datasets.test_set(data, "fixed") is data.test
+    assert test_set(data, "fixed") is data.test
     with pytest.raises(DataError, match="use 'fixed'"):
-        datasets.test_set(data, "once")
+        test_set(data, "once")
 
 
 # Status
@@ -578,11 +582,11 @@ def test_status_downloads_what_is_missing_and_goes_on_where_that_fails(served, t
 
 def test_a_file_appears_only_when_it_is_whole(tmp_path):
     target = tmp_path / "file"
-    with downloads.whole_file(target) as file:
+    with whole_file(target) as file:
         file.write(b"whole")
         file.flush()
         assert not target.exists()  # nor after a SIGKILL here
-    with pytest.raises(ConnectionError), downloads.whole_file(target) as file:
+    with pytest.raises(ConnectionError), whole_file(target) as file:
         file.write(b"half")
         raise ConnectionError
     assert target.read_bytes() == b"whole" and files_under(tmp_path) == ["file"]
@@ -613,7 +617,8 @@ def test_a_server_that_keeps_failing_leaves_nothing_behind(served, tmp_path, fau
 
 def test_without_content_length_the_checksum_decides(served, tmp_path):
     served.fault, served.times = "no length", 99
-    load("binarized_mnist", tmp_path, download=True)
+    data = load("binarized_mnist", tmp_path, download=True)
+    assert torch.equal(torch.cat([data.train, data.test]), torch.from_numpy(BITS).float())
 
 
 def test_a_wrong_checksum_is_refused_and_leaves_nothing_behind(served, tmp_path):
@@ -732,7 +737,7 @@ def test_real_binarized_mnist(real, tmp_path, parses):
     assert first.train[0].tolist() == [float(number) for number in first_line.split()]
     valid = folder / "binarized_mnist_valid.amat"
     if valid.exists():
-        bits = np.unpackbits(downloads.parse_amat(valid, 10000, 784), axis=1)
+        bits = np.unpackbits(parse_amat(valid, 10000, 784), axis=1)
         assert bits.mean() == pytest.approx(0.13113, abs=5e-6)
 
 

@@ -10,9 +10,11 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from mcobjectives_examples import checkpoints, drawing, figures, labels
+from mcobjectives_examples.binarisation import test_set
 from mcobjectives_examples.cells import checkpoint_path
 from mcobjectives_examples.checkpoints import CheckpointError
-from mcobjectives_examples.datasets import DATASETS, DataError, test_set
+from mcobjectives_examples.datasets import DATASETS
+from mcobjectives_examples.downloads import DataError
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.presets import get_preset
 from mcobjectives_examples.training import Config, Interrupted

@@ -5,7 +5,8 @@ import torch
 
 from mcobjectives import IWAE
 from mcobjectives.evaluation import evaluate
-from mcobjectives_examples.datasets import load, test_set
+from mcobjectives_examples.binarisation import test_set
+from mcobjectives_examples.datasets import load
 from mcobjectives_examples.models import PaperModel, paper_model
 
 pyro = pytest.importorskip("pyro")

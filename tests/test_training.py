@@ -18,9 +18,10 @@ import torch
 
 from mcobjectives import IWAE
 from mcobjectives_examples import checkpoints, compiling, engine, training
-from mcobjectives_examples.checkpoints import CheckpointError, OutputError
-from mcobjectives_examples.datasets import DataError
+from mcobjectives_examples.checkpoints import CheckpointError
+from mcobjectives_examples.downloads import DataError
 from mcobjectives_examples.engine import Engine, choose_engine, make_step
+from mcobjectives_examples.files import OutputError
 from mcobjectives_examples.precision import products
 from mcobjectives_examples.presets import PRESETS, capped, configured, get_preset
 from mcobjectives_examples.training import Config, Interrupted, Trainer, TrainingError, canonical

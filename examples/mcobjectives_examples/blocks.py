@@ -1,10 +1,10 @@
-"""What a report is made of, and its form in Markdown; `page.html` gives the same blocks their form in HTML."""
+"""What a report is made of, and its form in Markdown; `data/report.html` gives the same blocks their form in HTML."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from urllib.parse import quote
 
 
@@ -67,7 +67,7 @@ class Section:
 
     title: str
     blocks: Sequence[Block] = ()
-    sections: Sequence[Section] = field(default=())
+    sections: Sequence[Section] = ()
 
 
 def markdown(blocks: Iterable[Block]) -> str:

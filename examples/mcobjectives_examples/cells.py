@@ -16,8 +16,10 @@ from torch import Tensor
 from mcobjectives.evaluation import Activity, Evaluation, evaluate, layer_activity
 from mcobjectives.likelihoods import bernoulli_log_likelihood
 from mcobjectives_examples import checkpoints
+from mcobjectives_examples.binarisation import test_set
 from mcobjectives_examples.compiling import for_evaluation
-from mcobjectives_examples.datasets import Dataset, test_set
+from mcobjectives_examples.datasets import Dataset
+from mcobjectives_examples.files import write_json
 from mcobjectives_examples.logs import Log
 from mcobjectives_examples.models import PaperModel
 from mcobjectives_examples.precision import set_precision
@@ -67,9 +69,9 @@ def recorded(out: Path, config: Config, dataset_sha256: str | None = None) -> di
         raise checkpoints.CheckpointError(f"{path} is not a recorded result: move it away to run that cell again")
     expected = config.to_dict(dataset_sha256 or str(theirs.get("data_sha256")))
     if theirs != expected:
-        differing = sorted(key for key in expected.keys() | theirs.keys() if theirs.get(key) != expected.get(key))
         raise checkpoints.CheckpointError(
-            f"{path} was recorded with other settings ({', '.join(differing)}): choose another --out or move it away"
+            f"{path} was recorded with other settings ({checkpoints.differing(theirs, expected)}): choose another "
+            "--out or move it away"
         )
     return result
 
@@ -175,7 +177,7 @@ def run_cell(
         "seconds": {"train": round(trainer.seconds, 2), "evaluate": round(time.monotonic() - began, 2)},
         "provenance": surroundings,
     }
-    checkpoints.write_json(result_path(out, config), result)
+    write_json(result_path(out, config), result)
     return result
 
 

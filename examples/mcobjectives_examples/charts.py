@@ -9,6 +9,7 @@ from html import escape
 
 WIDTH, HEIGHT = 640, 340
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 44
+_MOST_TICKS = 6
 COLOURS = 8
 """How many lines have a colour of their own."""
 
@@ -67,7 +68,7 @@ def line_chart(
     return "".join([*parts, "</svg>"])
 
 
-def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
+def nice_ticks(low: float, high: float) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten from just below `low` to just above `high`.
 
     Example:
@@ -75,7 +76,7 @@ def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
         [88.5, 89.0, 89.5, 90.0, 90.5, 91.0]
     """
     span = (high - low) or abs(high) or 1.0
-    power = 10.0 ** math.floor(math.log10(span / most))
-    step = next(m * power for m in (1, 2, 5, 10, 20) if span / (m * power) <= most - 1)
+    power = 10.0 ** math.floor(math.log10(span / _MOST_TICKS))
+    step = next(m * power for m in (1, 2, 5, 10, 20) if span / (m * power) <= _MOST_TICKS - 1)
     first, last = math.floor(low / step), math.ceil(high / step)
     return [round(i * step, 10) for i in range(first, max(last, first + 1) + 1)]

@@ -18,27 +18,10 @@ import numpy as np
 import torch
 
 from mcobjectives_examples import downloads
-from mcobjectives_examples.downloads import DataError, MissingDataError, data_dir, file_digest
+from mcobjectives_examples.amat import read_amat
+from mcobjectives_examples.binarisation import binary_pixels
+from mcobjectives_examples.downloads import DataError, MissingDataError, file_digest
 
-__all__ = [
-    "DATASETS",
-    "MODES",
-    "DataError",
-    "DataFile",
-    "Dataset",
-    "MissingDataError",
-    "Status",
-    "binarise",
-    "data_dir",
-    "default_binarisation",
-    "load",
-    "require_mode",
-    "status",
-    "test_set",
-]
-
-MODES = ("fixed", "once", "epoch")
-TEST_SEED = 150900519
 DIGITS_SEED = 0
 NOT_BGS16S = "not BGS16's own file"
 
@@ -78,7 +61,7 @@ class Dataset:
                     f"{self.name}: {part} is {pixels.dtype} of shape {tuple(pixels.shape)}, "
                     f"not float32 of shape (n, {math.prod(self.shape)})"
                 )
-            binary = _binary_pixels(pixels, f"{self.name}: {part}")
+            binary = binary_pixels(pixels, f"{self.name}: {part}")
             if self.binary and not binary:
                 raise DataError(f"{self.name}: {part} has pixels other than 0 and 1, yet is declared binary")
 
@@ -147,43 +130,6 @@ def vouched(source: str, verified: Iterable[bool | None]) -> str:
 def default_binarisation(name: str) -> str:
     """The paper's protocol for a data set: `fixed` where the pixels are already 0 or 1, else `once`."""
     return "fixed" if _source(name).binary else "once"
-
-
-def binarise(pixels: torch.Tensor, mode: str, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Make pixels in [0, 1] binary by an explicit protocol.
-
-    `fixed`: the pixels are 0 or 1 already and are returned as they are. `once` and `epoch`: one Bernoulli draw per
-    pixel with the pixel as probability; the training loop calls it at the start (`once`, the paper) or before every
-    pass (`epoch`, BGS16). A protocol that does not fit the pixels raises, because a result would record it wrongly.
-
-    Args:
-        pixels: the whole set rather than a batch, any shape, any device.
-        mode: `fixed`, `once` or `epoch`.
-        generator: source of the draws, on the pixels' device; not needed for `fixed`.
-    """
-    _check_mode(pixels, mode)
-    if mode == "fixed":
-        return pixels
-    if generator is None or generator.device.type != pixels.device.type:
-        have = "none" if generator is None else f"one on {generator.device}"
-        raise DataError(f"binarisation {mode!r} draws from a torch.Generator on {pixels.device}, was given {have}")
-    return torch.bernoulli(pixels, generator=generator)
-
-
-def test_set(dataset: Dataset, mode: str) -> torch.Tensor:
-    """The binary test images `(n, pixels)`, the same in every run whatever its training seed.
-
-    Grey data is binarised once with the fixed `TEST_SEED`, under `once` and `epoch` alike.
-    """
-    _check_mode(dataset.test, mode)
-    if mode == "fixed":
-        return dataset.test
-    # NumPy keeps RandomState's stream from release to release; torch promises no such thing for its generators.
-    uniform = np.random.RandomState(TEST_SEED).random_sample(tuple(dataset.test.shape))
-    return torch.from_numpy((uniform < dataset.test.numpy()).astype(np.float32))
-
-
-test_set.__test__ = False  # type: ignore[attr-defined]  # the name is not pytest's
 
 
 @dataclass(frozen=True)
@@ -267,30 +213,6 @@ def _data_file(file: SourceFile, folder: Path) -> DataFile:
     return DataFile(file.path, file_digest(path), True if file.official else None)
 
 
-def _check_mode(pixels: torch.Tensor, mode: str) -> None:
-    require_mode(mode, mode in MODES and _binary_pixels(pixels, "binarisation"))
-
-
-def require_mode(mode: str, binary: bool) -> None:
-    """Raise `DataError` unless the protocol is one, and fits pixels that are binary already, or not."""
-    if mode not in MODES:
-        raise DataError(f"unknown binarisation {mode!r}: choose from {', '.join(MODES)}")
-    if mode == "fixed" and not binary:
-        raise DataError("binarisation 'fixed' needs pixels that are 0 or 1 already: use 'once' or 'epoch' for grey")
-    if mode != "fixed" and binary:
-        raise DataError(f"binarisation {mode!r} would change nothing: the pixels are 0 or 1 already; use 'fixed'")
-
-
-def _binary_pixels(pixels: torch.Tensor, what: str) -> bool:
-    """Whether all pixels are 0 or 1; raises where there are none, or one is NaN or outside [0, 1]."""
-    if pixels.numel() == 0:
-        raise DataError(f"{what}: there are no pixels")
-    low, high = (bound.item() for bound in torch.aminmax(pixels))
-    if not (low >= 0 and high <= 1):
-        raise DataError(f"{what}: pixels must be numbers in [0, 1], these span [{low:g}, {high:g}]")
-    return bool(((pixels == 0) | (pixels == 1)).all())
-
-
 def _dataset(source: Source, parts: list[np.ndarray], files: tuple[DataFile, ...], about: str = "") -> Dataset:
     for part, array, rows in zip(("train", "test"), parts, source.sizes, strict=True):
         if array.shape != (rows, math.prod(source.shape)):
@@ -327,7 +249,7 @@ def _read_idx(source: Source, folder: Path) -> Dataset:
 
 def _read_amat(source: Source, folder: Path) -> Dataset:
     pairs = zip(source.files, source.sizes, strict=True)
-    parts = [downloads.read_amat(folder / file.path, rows, math.prod(source.shape)) for file, rows in pairs]
+    parts = [read_amat(folder / file.path, rows, math.prod(source.shape)) for file, rows in pairs]
     return _dataset(source, parts, tuple(_data_file(file, folder) for file in source.files))
 
 

@@ -1,17 +1,14 @@
-"""Data files on disk: where they live, how they get there whole, the .amat text and its compact cache."""
+"""Data files on disk: where they live, and how they get there whole."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
-import secrets
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 from ssl import SSLError
@@ -19,7 +16,7 @@ from typing import Any, BinaryIO
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-import numpy as np
+from mcobjectives_examples.files import whole_file
 
 ATTEMPTS = 3
 TIMEOUT_S = 30.0
@@ -70,22 +67,7 @@ def matches(path: Path, official: str) -> bool:
     return file_digest(path, algorithm) == expected
 
 
-@contextmanager
-def whole_file(target: Path) -> Iterator[BinaryIO]:
-    """A file to write that becomes `target` only when the block ends well; until then `target` is untouched."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    try:
-        with part.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def fetch(url: str, target: Path, check: Callable[[Path], object] | None = None) -> None:
+def fetch(url: str, target: Path, check: Callable[[Path], object]) -> None:
     """Download `url` to `target`, which appears only when it is whole.
 
     The length is held against Content-Length, and `check` may refuse the content by raising DataError. A dropped
@@ -108,7 +90,7 @@ def fetch(url: str, target: Path, check: Callable[[Path], object] | None = None)
 _ELSEWHERE = "try again later, or get the file elsewhere and point --data-dir or MCOBJECTIVES_DATA at its folder"
 
 
-def _fetch_once(url: str, target: Path, check: Callable[[Path], object] | None) -> None:
+def _fetch_once(url: str, target: Path, check: Callable[[Path], object]) -> None:
     request = Request(url, headers={"User-Agent": "mcobjectives"})
     with urlopen(request, timeout=TIMEOUT_S) as response, whole_file(target) as file:
         # http.client returns short reads at a dropped connection without raising, hence the count.
@@ -117,8 +99,7 @@ def _fetch_once(url: str, target: Path, check: Callable[[Path], object] | None) 
         if expected and file.tell() != int(expected):
             raise ConnectionError(f"connection dropped after {file.tell()} of {expected} bytes")
         file.flush()
-        if check:
-            check(Path(file.name))
+        check(Path(file.name))
 
 
 def _copy(response: Any, file: BinaryIO, total: int | None, label: str) -> None:
@@ -162,84 +143,3 @@ def fetch_torchvision(class_name: str, folder: Path) -> None:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def read_amat(path: Path, rows: int, columns: int) -> np.ndarray:
-    """The 0/1 numbers of an .amat text as `(rows, columns)` uint8, from its compact cache after the first time.
-
-    The cache is keyed by the text's sha256, so that it is never served for a text that has changed.
-    """
-    digest = file_digest(path)
-    packed = _read_cache(path, digest, (rows, math.ceil(columns / 8)))
-    if packed is None:
-        packed = parse_amat(path, rows, columns)
-        _write_cache(path, digest, packed)
-    return np.unpackbits(packed, axis=1, count=columns)
-
-
-def _read_cache(source: Path, digest: str, shape: tuple[int, int]) -> np.ndarray | None:
-    for path in _cache_paths(source):
-        try:
-            with np.load(path, allow_pickle=False) as cache:
-                packed = cache["packed"]
-                if str(cache["sha256"]) == digest and packed.dtype == np.uint8 and packed.shape == shape:
-                    return packed
-        except Exception:  # however a cache is broken, it is rebuilt from its source
-            continue
-    return None
-
-
-def _write_cache(source: Path, digest: str, packed: np.ndarray) -> None:
-    # Beside the source, else in the user's cache folder, else nowhere: a cache is never worth failing for.
-    for path in _cache_paths(source):
-        try:
-            if _may_write(path.parent):
-                with whole_file(path) as file:
-                    np.savez(file, packed=packed, sha256=np.array(digest))
-                return
-        except OSError:
-            continue
-
-
-def _cache_paths(source: Path) -> tuple[Path, Path]:
-    name = f"{source.stem}.npz"
-    return source.with_name(name), user_cache() / source.parent.name / name
-
-
-def _may_write(folder: Path) -> bool:
-    # Root may write anywhere, but a folder without any write bit is meant to be left alone.
-    return not folder.exists() or (os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222))
-
-
-def parse_amat(path: Path, rows: int, columns: int) -> np.ndarray:
-    """The 0/1 numbers of an .amat text, one image a line, as bits packed along the row: `(rows, ceil(columns / 8))`."""
-    blocks, seen = [], 0
-    with path.open("rb") as file:
-        while lines := file.readlines(1 << 24):
-            blocks.append(np.packbits(_parse_lines(lines, columns, path, seen), axis=1))
-            seen += len(lines)
-    if seen != rows:
-        raise DataError(f"{path} has {seen} lines, not {rows}: truncated, or another file; move it away")
-    return np.concatenate(blocks)
-
-
-def _parse_lines(lines: list[bytes], columns: int, path: Path, before: int) -> np.ndarray:
-    text = np.frombuffer(b"".join(lines), np.uint8)
-    digit = text > ord(" ")
-    values = text[digit] - ord("0")
-    starts = np.cumsum([0, *(len(line) for line in lines[:-1])])
-    counts = np.add.reduceat(digit, starts, dtype=np.int64)
-    if (values > 1).any() or (counts != columns).any() or (digit[1:] & digit[:-1]).any():
-        _explain_lines(lines, columns, path, before)
-    return values.reshape(len(lines), columns)
-
-
-def _explain_lines(lines: list[bytes], columns: int, path: Path, before: int) -> None:
-    for number, line in enumerate(lines, before + 1):
-        tokens = line.split()
-        wrong = next((token for token in tokens if token not in (b"0", b"1")), None)
-        if wrong is not None:
-            raise DataError(f"{path}, line {number}: {wrong[:20]!r} is not 0 or 1: another file; move it away")
-        if len(tokens) != columns:
-            raise DataError(f"{path}, line {number}: {len(tokens)} numbers, not {columns}: truncated; move it away")
-    raise DataError(f"{path}: not plain 0 and 1 separated by spaces; move it away")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mcobjectives_examples import checkpoints
+from mcobjectives_examples import files
 from mcobjectives_examples.cells import describe
 from mcobjectives_examples.datasets import Dataset
 from mcobjectives_examples.figures import Content, LatentSpace, Reconstruction
@@ -59,8 +59,8 @@ def save(path: Path, content: Content, configs: Sequence[Config], dataset: Datas
         "data": describe(dataset),
         "provenance": provenance(),
     }
-    checkpoints.write_atomically(path, lambda file: file.write(image.getvalue()))
-    checkpoints.write_json(record_path(path), record)
+    files.write_atomically(path, lambda file: file.write(image.getvalue()))
+    files.write_json(record_path(path), record)
     return record
 
 

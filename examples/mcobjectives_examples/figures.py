@@ -14,8 +14,9 @@ from torch.distributions import Normal
 from mcobjectives.evaluation import posterior_means
 from mcobjectives.likelihoods import bernoulli_log_likelihood
 from mcobjectives.specs import parse_objective
+from mcobjectives_examples.binarisation import test_set
 from mcobjectives_examples.cells import OnProgress, checkpoint_path
-from mcobjectives_examples.datasets import Dataset, test_set
+from mcobjectives_examples.datasets import Dataset
 from mcobjectives_examples.labels import class_names, test_labels
 from mcobjectives_examples.models import PaperModel
 from mcobjectives_examples.precision import set_precision
@@ -146,13 +147,13 @@ def reconstruct(model: PaperModel, images: Tensor) -> Reconstruction:
 
 
 @torch.no_grad()
-def manifold(model: PaperModel, side: int = SIDE) -> np.ndarray:
-    """Decoded quantiles (i + 1/2) / side of N(0, 1) in both dimensions, `(side, side, pixels)`.
+def manifold(model: PaperModel) -> np.ndarray:
+    """Decoded quantiles (i + 1/2) / SIDE of N(0, 1) in both dimensions, `(SIDE, SIDE, pixels)`.
 
     Columns are the first dimension, rising to the right; rows the second, rising upwards.
     """
     first = next(model.parameters())
-    quantiles = Normal(0.0, 1.0).icdf((torch.arange(side, dtype=torch.float64) + 0.5) / side).to(first)
+    quantiles = Normal(0.0, 1.0).icdf((torch.arange(SIDE, dtype=torch.float64) + 0.5) / SIDE).to(first)
     h = torch.stack(torch.meshgrid(quantiles, quantiles.flip(0), indexing="xy"), -1)
     return model.decode(h).cpu().numpy()
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mcobjectives_examples.datasets import DATASETS, DIGITS_SEED, DataError, MissingDataError
+from mcobjectives_examples.datasets import DATASETS, DIGITS_SEED
+from mcobjectives_examples.downloads import DataError, MissingDataError
 from mcobjectives_examples.downloads import data_dir as folder_of
 
 FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")

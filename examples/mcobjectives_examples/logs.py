@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mcobjectives_examples.checkpoints import OutputError
+from mcobjectives_examples.files import OutputError
 
 Log = Callable[[str, float, int], None]
 """(statistic, value, pass)."""

@@ -12,6 +12,7 @@ from typing import Any
 from mcobjectives_examples import checkpoints, curves, render
 from mcobjectives_examples.blocks import Block, Bullets, Picture, Section, Text, markdown_page
 from mcobjectives_examples.figures import FIGURES, Figure
+from mcobjectives_examples.files import write_atomically
 from mcobjectives_examples.findings import findings
 from mcobjectives_examples.metrics import metric_tables, unreliable
 from mcobjectives_examples.paper import paper, table
@@ -26,7 +27,7 @@ def write_report(folder: Path, out: Path) -> list[Path]:
     page = report(folder, linked=out.resolve() == folder.resolve())
     written = {out / "report.html": html(page), out / "report.md": markdown_page(page)}
     for path, text in written.items():
-        checkpoints.write_atomically(path, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+        write_atomically(path, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
     return list(written)
 
 
@@ -119,7 +120,7 @@ def not_drawn(drawings: Sequence[Picture]) -> dict[int, Figure]:
 def _not_run(runs: Sequence[TableRun], drawings: Sequence[Picture]) -> Iterator[Block]:
     items = []
     for run in runs:
-        rows = [f"{row.layers}L {row.label}{_of_seeds(run, row.configs, seeds)}" for row, seeds in missing(run)]
+        rows = [f"{row.layers}L {row.label}{_of_seeds(row.configs, seeds)}" for row, seeds in missing(run)]
         if rows:
             items.append(f"Of {render.title(run.number, run.rows)}: {', '.join(rows)}")
     tables = [n for n in paper()["tables"] if n not in {run.number for run in runs}]
@@ -130,5 +131,5 @@ def _not_run(runs: Sequence[TableRun], drawings: Sequence[Picture]) -> Iterator[
         yield Text("mcobj reproduce --table N runs a table, or goes on with it; mcobj figure N draws a figure.")
 
 
-def _of_seeds(run: TableRun, configs: Sequence[Any], seeds: Sequence[int]) -> str:
+def _of_seeds(configs: Sequence[Any], seeds: Sequence[int]) -> str:
     return "" if len(configs) == len(seeds) == 1 else f" (seed {', '.join(map(str, seeds))})"

@@ -1,4 +1,4 @@
-"""The paper's tables: which cells they have, what of them is recorded, and which findings hold."""
+"""The paper's tables: which cells they have, and what of them is recorded."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torch
 
 from mcobjectives.evaluation import evaluate
 from mcobjectives.specs import parse_objective
+from mcobjectives_examples.binarisation import require_mode
 from mcobjectives_examples.cells import recorded, test_images
-from mcobjectives_examples.datasets import Dataset, default_binarisation, require_mode
+from mcobjectives_examples.datasets import Dataset, default_binarisation
 from mcobjectives_examples.engine import Engine, flat_adam, make_step
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.paper import table

@@ -19,7 +19,8 @@ from mcobjectives import IWAE, MIWAE, VAE, Split
 from mcobjectives.objective import Objective
 from mcobjectives.specs import format_objective, parse_objective
 from mcobjectives_examples import checkpoints
-from mcobjectives_examples.datasets import Dataset, binarise
+from mcobjectives_examples.binarisation import binarise
+from mcobjectives_examples.datasets import Dataset
 from mcobjectives_examples.engine import (
     ENGINES,
     Engine,
@@ -290,8 +291,8 @@ class Trainer:
 
     def _generator(self, purpose: str, epoch: int = 0) -> torch.Generator:
         # One stream for each purpose and pass: what is drawn does not depend on where a run was interrupted.
-        seed = torch.tensor([ord(c) for c in purpose]).sum().item() + 1_000 * epoch + 1_000_003_000 * self.config.seed
-        return torch.Generator(self.device).manual_seed(int(seed))
+        seed = sum(map(ord, purpose)) + 1_000 * epoch + 1_000_003_000 * self.config.seed
+        return torch.Generator(self.device).manual_seed(seed)
 
     # Checkpoints
 

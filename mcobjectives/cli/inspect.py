@@ -53,7 +53,7 @@ def data(
 
     from mcobjectives.cli.show import console, grid
     from mcobjectives_examples.datasets import DATASETS, status, vouched
-    from mcobjectives_examples.datasets import data_dir as folder_of
+    from mcobjectives_examples.downloads import data_dir as folder_of
 
     if as_json or download:  # whose own bars show how far it is
         rows = status(data_dir, names, download=download)

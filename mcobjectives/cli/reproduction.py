@@ -15,7 +15,7 @@ import typer
 
 from mcobjectives.cli.show import CellBar, console, duration, errors, grid, interruptible, progress
 from mcobjectives.specs import parse_objective
-from mcobjectives_examples import checkpoints, drawing, figures, render
+from mcobjectives_examples import checkpoints, drawing, figures, files, render
 from mcobjectives_examples.cells import (
     Place,
     evaluate_model,
@@ -54,9 +54,9 @@ def reproduce_tables(
     engine: str,
     run: bool,
     form: str,
-    stack: bool = False,
-    jobs: int = 1,
-    tensorboard: Path | None = None,
+    stack: bool,
+    jobs: int,
+    tensorboard: Path | None,
 ) -> None:
     """Run and print a table, or all of them (as JSON: one object, or a list of them)."""
     if stack and jobs > 1:
@@ -286,7 +286,7 @@ def draw_figure(
         done = passes_done(runs, configs, loaded.checksum)
     except checkpoints.CheckpointError as error:
         raise checkpoints.CheckpointError(str(error).replace("--out", "--runs")) from error
-    checkpoints.require_writable(out)
+    files.require_writable(out)
     untrained = {config: passes for config, passes in done.items() if passes < config.preset.passes}
     if untrained:  # a figure needs no NLL
         quick = {replace(c, preset=replace(c.preset, nll_k=1)): passes for c, passes in untrained.items()}
