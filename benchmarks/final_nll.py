@@ -21,11 +21,12 @@ import torch
 
 from mcobjectives.evaluation import evaluate
 from mcobjectives_examples.cells import test_images
+from mcobjectives_examples.config import Config, canonical
 from mcobjectives_examples.datasets import Dataset, load
 from mcobjectives_examples.precision import set_precision
 from mcobjectives_examples.presets import Preset, get_preset
 from mcobjectives_examples.provenance import provenance
-from mcobjectives_examples.training import Config, Trainer, canonical
+from mcobjectives_examples.training import Trainer
 
 WAYS = {
     "all samples, float32": ("highest", None),

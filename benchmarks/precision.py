@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from mcobjectives_examples.cells import test_images
+from mcobjectives_examples.config import Config, canonical
 from mcobjectives_examples.datasets import load
 from mcobjectives_examples.models import PaperModel
 from mcobjectives_examples.precision import products
 from mcobjectives_examples.presets import get_preset
 from mcobjectives_examples.provenance import provenance
-from mcobjectives_examples.training import Config, Trainer, canonical
+from mcobjectives_examples.training import Trainer
 
 
 @torch.no_grad()

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from mcobjectives_examples.cells import Place
+from mcobjectives_examples.config import Config
 from mcobjectives_examples.presets import configured
 from mcobjectives_examples.provenance import provenance
 from mcobjectives_examples.side_by_side import run_side_by_side
-from mcobjectives_examples.training import Config
 
 PASSES = {1: 15, 5: 6, 50: 2}
 

@@ -16,11 +16,11 @@ import pytest
 from mcobjectives_examples import charts, records
 from mcobjectives_examples.blocks import Section, Table, escaped, markdown_page
 from mcobjectives_examples.checkpoints import CheckpointError
+from mcobjectives_examples.config import Config
 from mcobjectives_examples.findings import findings
 from mcobjectives_examples.presets import get_preset
 from mcobjectives_examples.report import html, report, write_report
 from mcobjectives_examples.tables import configurations, rows
-from mcobjectives_examples.training import Config
 
 RECORDED = Path(__file__).parent.parent / "benchmarks" / "results" / "short"
 SHORT = get_preset("short")

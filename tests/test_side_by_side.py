@@ -16,10 +16,11 @@ import torch
 from mcobjectives import cli
 from mcobjectives_examples import checkpoints
 from mcobjectives_examples.cells import Place, run_cell
+from mcobjectives_examples.config import Config
 from mcobjectives_examples.datasets import load
 from mcobjectives_examples.presets import configured
 from mcobjectives_examples.side_by_side import run_side_by_side
-from mcobjectives_examples.training import Config, Interrupted, TrainingError
+from mcobjectives_examples.training import Interrupted, TrainingError
 
 CPU = torch.device("cpu")
 MCOBJ = "import sys; from mcobjectives.cli import main; sys.argv[0] = 'mcobj'; main()"

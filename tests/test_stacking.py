@@ -7,9 +7,10 @@ import time
 import pytest
 import torch
 
+from mcobjectives_examples.config import Config
 from mcobjectives_examples.presets import get_preset
 from mcobjectives_examples.stacking import Stack, noise_apart, pays, stacks, train_together
-from mcobjectives_examples.training import Config, Interrupted, Trainer, TrainingError
+from mcobjectives_examples.training import Interrupted, Trainer, TrainingError
 
 CPU = torch.device("cpu")
 # 1500 images in batches of 400: three whole ones and one of 300.

@@ -12,11 +12,12 @@ from mcobjectives_examples.cells import test_images as images_of
 from mcobjectives_examples.checkpoints import CheckpointError
 from mcobjectives_examples.datasets import DATASETS, default_binarisation, load
 from mcobjectives_examples.downloads import DataError
+from mcobjectives_examples.estimates import estimate_seconds
 from mcobjectives_examples.files import write_json
 from mcobjectives_examples.findings import findings
 from mcobjectives_examples.paper import paper, table
 from mcobjectives_examples.presets import get_preset
-from mcobjectives_examples.tables import configurations, estimate_seconds, protocols, rows, with_results
+from mcobjectives_examples.tables import configurations, protocols, rows, with_results
 from mcobjectives_examples.training import Trainer
 
 CPU = torch.device("cpu")

@@ -19,12 +19,13 @@ import torch
 from mcobjectives import IWAE
 from mcobjectives_examples import checkpoints, compiling, engine, training
 from mcobjectives_examples.checkpoints import CheckpointError
+from mcobjectives_examples.config import Config, canonical, training_objective
 from mcobjectives_examples.downloads import DataError
 from mcobjectives_examples.engine import Engine, choose_engine, make_step
 from mcobjectives_examples.files import OutputError
 from mcobjectives_examples.precision import products
 from mcobjectives_examples.presets import PRESETS, capped, configured, get_preset
-from mcobjectives_examples.training import Config, Interrupted, Trainer, TrainingError, canonical
+from mcobjectives_examples.training import Interrupted, Trainer, TrainingError
 
 CPU = torch.device("cpu")
 # 1500 images in batches of 400: three whole ones and one of 300.
@@ -120,7 +121,7 @@ def test_a_cap_on_k(spec, k):
 
 
 def engine_objective(spec):
-    return training.training_objective(spec, TINY)
+    return training_objective(spec, TINY)
 
 
 def test_a_split_cannot_be_capped():

@@ -18,6 +18,7 @@ from mcobjectives.likelihoods import bernoulli_log_likelihood
 from mcobjectives_examples import checkpoints
 from mcobjectives_examples.binarisation import test_set
 from mcobjectives_examples.compiling import for_evaluation
+from mcobjectives_examples.config import Config
 from mcobjectives_examples.datasets import Dataset
 from mcobjectives_examples.files import write_json
 from mcobjectives_examples.logs import Log
@@ -26,7 +27,7 @@ from mcobjectives_examples.precision import set_precision
 from mcobjectives_examples.presets import Preset
 from mcobjectives_examples.provenance import provenance
 from mcobjectives_examples.pruning import pruned
-from mcobjectives_examples.training import Config, Interrupted, Progress, Trainer
+from mcobjectives_examples.training import Interrupted, Progress, Trainer
 
 EVALUATION_SEED = 20210401
 PRUNED_IMAGES = 1000

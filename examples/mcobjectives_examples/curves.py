@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples.blocks import Block, Chart, Table
 from mcobjectives_examples.charts import COLOURS, Line, line_chart
+from mcobjectives_examples.config import Config
 from mcobjectives_examples.metrics import cell_name, protocol
 from mcobjectives_examples.records import Records, TableRun
 from mcobjectives_examples.render import HEADER
 from mcobjectives_examples.tables import Row
-from mcobjectives_examples.training import Config
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
 """Parts of the training at which the bound is listed."""

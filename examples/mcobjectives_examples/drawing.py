@@ -11,10 +11,10 @@ import numpy as np
 
 from mcobjectives_examples import files
 from mcobjectives_examples.cells import describe
+from mcobjectives_examples.config import Config
 from mcobjectives_examples.datasets import Dataset
 from mcobjectives_examples.figures import Content, LatentSpace, Reconstruction
 from mcobjectives_examples.provenance import provenance
-from mcobjectives_examples.training import Config
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -223,14 +223,10 @@ def choose_engine(wanted: str, objective: Objective, model: nn.Module, x: Tensor
         return _compiled("as asked", objective, x.device)
     if x.device.type != "cpu":
         return Engine("eager", "compiled steps are not the default on this device")
-    elapsed = []
     with generators_at(rng_state()):
-        for _ in range(3):
-            began = time.perf_counter()
-            objective(model, x).backward()
-            elapsed.append(time.perf_counter() - began)
+        step = fastest(lambda: objective(model, x).backward(), 3)
     model.zero_grad(set_to_none=True)
-    saved = min(elapsed) * steps * _GAIN_OF_COMPILING
+    saved = step * steps * _GAIN_OF_COMPILING
     if saved < 2 * SECONDS_TO_COMPILE:
         return Engine("eager", "the run is too short for compiling to pay")
     return _compiled("saves more than compiling takes", objective, x.device)
@@ -241,3 +237,25 @@ def _compiled(why: str, objective: Objective, device: torch.device) -> Engine:
         return Engine("eager", "chunk_size draws random numbers again, which a compiled step cannot")
     failure = compiler_failure(device)
     return Engine("eager", f"no working compiler ({failure})") if failure else Engine("compiled", why)
+
+
+def fastest(run: Callable[[], Any], times: int) -> float:
+    """The least seconds that a run takes, of so many."""
+    elapsed = []
+    for _ in range(times):
+        began = time.perf_counter()
+        run()
+        elapsed.append(time.perf_counter() - began)
+    return min(elapsed)
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is CUDA where there is one; raises `ValueError` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device

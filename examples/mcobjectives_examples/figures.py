@@ -16,13 +16,14 @@ from mcobjectives.likelihoods import bernoulli_log_likelihood
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples.binarisation import test_set
 from mcobjectives_examples.cells import OnProgress, checkpoint_path
+from mcobjectives_examples.config import Config, canonical
 from mcobjectives_examples.datasets import Dataset
 from mcobjectives_examples.labels import class_names, test_labels
 from mcobjectives_examples.models import PaperModel
 from mcobjectives_examples.precision import set_precision
 from mcobjectives_examples.presets import Preset, capped
 from mcobjectives_examples.render import counted
-from mcobjectives_examples.training import Config, Trainer, canonical
+from mcobjectives_examples.training import Trainer
 
 SIDE = 20
 """Images along one side of the manifold."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from mcobjectives_examples import render
 from mcobjectives_examples.blocks import Block, Table
+from mcobjectives_examples.config import Config
 from mcobjectives_examples.records import Records
-from mcobjectives_examples.training import Config
 
 NAMES = {
     "nll": "NLL",

@@ -11,11 +11,11 @@ from typing import Any
 
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples import checkpoints
+from mcobjectives_examples.config import Config, canonical
 from mcobjectives_examples.drawing import FORMATS
 from mcobjectives_examples.paper import paper, table
 from mcobjectives_examples.presets import Preset
 from mcobjectives_examples.tables import Row, filled, rows
-from mcobjectives_examples.training import Config, canonical
 
 Records = dict[Config, dict[str, Any]]
 

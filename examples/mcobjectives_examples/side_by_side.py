@@ -18,9 +18,10 @@ from typing import cast
 import torch
 
 from mcobjectives_examples.cells import Place, run_cell
+from mcobjectives_examples.config import Config
 from mcobjectives_examples.datasets import load
 from mcobjectives_examples.logs import tensorboard_log
-from mcobjectives_examples.training import Config, Interrupted, TrainingError
+from mcobjectives_examples.training import Interrupted, TrainingError
 
 _SECONDS_BETWEEN_REPORTS = 0.2
 

@@ -17,6 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from mcobjectives.model import generators_at, rng_state
 from mcobjectives_examples.compiling import compile_whole, functional_graph, is_random
+from mcobjectives_examples.config import Config
 from mcobjectives_examples.engine import (
     Engine,
     Step,
@@ -25,7 +26,7 @@ from mcobjectives_examples.engine import (
     make_step,
 )
 from mcobjectives_examples.precision import set_precision
-from mcobjectives_examples.training import Config, Interrupted, OnStep, Trainer, advance
+from mcobjectives_examples.training import Interrupted, OnStep, Trainer, advance
 
 _SHAPE_OF_ANOTHER = {
     torch.ops.aten.randn_like.default,

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import re
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mcobjectives.evaluation import evaluate
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples.binarisation import require_mode
-from mcobjectives_examples.cells import recorded, test_images
-from mcobjectives_examples.datasets import Dataset, default_binarisation
-from mcobjectives_examples.engine import Engine, flat_adam, make_step
-from mcobjectives_examples.models import paper_model
+from mcobjectives_examples.cells import recorded
+from mcobjectives_examples.config import Config, canonical
+from mcobjectives_examples.datasets import default_binarisation
 from mcobjectives_examples.paper import table
-from mcobjectives_examples.precision import set_precision
 from mcobjectives_examples.presets import Preset, capped
-from mcobjectives_examples.training import Config, canonical, training_objective
 
 
 @dataclass(frozen=True)
@@ -169,52 +162,3 @@ def filled(table_rows: Sequence[Row], result: Callable[[Config], dict[str, Any] 
         replace(row, results=found(row.configs), first_results=found(row.first_stages), beside=beside)
         for row in table_rows
     ]
-
-
-def estimate_seconds(done: Mapping[Config, int], dataset: Dataset, device: torch.device) -> float:
-    """How long configurations would take of which so many passes are done, from a few timed steps of each.
-
-    Compiling may save two thirds of it.
-    """
-    steps: dict[tuple[int, str], float] = {}
-    evaluations: dict[int, float] = {}
-    total = 0.0
-    state = torch.get_rng_state()
-    for config, passes in done.items():
-        preset = config.preset
-        key = config.layers, config.objective
-        if key not in steps:
-            steps[key] = _time_step(config, dataset, device)
-        if config.layers not in evaluations:
-            evaluations[config.layers] = _time_evaluation(config, dataset, device)
-        left = max(0, preset.passes - passes) * -(-len(dataset.train) // preset.batch_size)
-        total += left * steps[key] + evaluations[config.layers]
-    torch.set_rng_state(state)
-    return total
-
-
-def _time_step(config: Config, dataset: Dataset, device: torch.device) -> float:
-    preset = config.preset
-    model = paper_model(config.layers, dataset.train.mean(0)).to(device)
-    objective = training_objective(config.objective, preset)
-    optimiser = flat_adam(model, preset.betas, preset.eps)
-    x = dataset.train[: preset.batch_size].to(device)
-    step, _ = make_step(Engine("eager", "to be timed"), objective, model, optimiser, preset.precision, x)
-    return _fastest(lambda: float(step(x)), 4)
-
-
-def _time_evaluation(config: Config, dataset: Dataset, device: torch.device) -> float:
-    model = paper_model(config.layers, dataset.train.mean(0)).to(device)
-    set_precision("highest")
-    images = test_images(dataset, config)
-    few, k = images[:20].to(device), min(config.preset.nll_k, 500)
-    return _fastest(lambda: evaluate(model, few, k=k).nll, 2) * len(images) / len(few) * config.preset.nll_k / k
-
-
-def _fastest(run: Callable[[], Any], times: int) -> float:
-    elapsed = []
-    for _ in range(times):
-        began = time.perf_counter()
-        run()
-        elapsed.append(time.perf_counter() - began)
-    return min(elapsed)

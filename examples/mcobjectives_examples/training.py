@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mcobjectives import IWAE, MIWAE, VAE, Split
-from mcobjectives.objective import Objective
-from mcobjectives.specs import format_objective, parse_objective
 from mcobjectives_examples import checkpoints
 from mcobjectives_examples.binarisation import binarise
+from mcobjectives_examples.config import Config, training_objective
 from mcobjectives_examples.datasets import Dataset
 from mcobjectives_examples.engine import (
     ENGINES,
@@ -33,10 +29,8 @@ from mcobjectives_examples.engine import (
 )
 from mcobjectives_examples.logs import Log
 from mcobjectives_examples.models import PaperModel, paper_model
-from mcobjectives_examples.presets import Preset
 
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
-LARGEST_SEED = 2**31
 
 
 class Interrupted(Exception):
@@ -45,64 +39,6 @@ class Interrupted(Exception):
 
 class TrainingError(RuntimeError):
     """Training went wrong: a bound or a parameter is not finite any more. The last checkpoint is kept."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """All that determines a trained model, but for the machine it runs on."""
-
-    dataset: str
-    binarisation: str
-    layers: int
-    objective: str
-    preset: Preset
-    seed: int = 0
-    after: str | None = None
-    latent: int | None = None
-    """Units of the topmost stochastic layer, None for the paper's."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.seed < LARGEST_SEED:
-            raise ValueError(f"seed must be from 0 to {LARGEST_SEED - 1}, got {self.seed}")
-
-    def to_dict(self, data_sha256: str) -> dict[str, Any]:
-        """As plain JSON values, with the data's checksum; `latent` only where it is not the paper's."""
-        record = json.loads(json.dumps(asdict(self) | {"data_sha256": data_sha256}))
-        return record if self.latent is not None else {k: v for k, v in record.items() if k != "latent"}
-
-    @classmethod
-    def from_dict(cls, record: dict[str, Any], **changes: Any) -> Config:
-        """The configuration of a record, with changes to its preset."""
-        preset = dict(record["preset"]) | changes
-        preset |= {"stages": tuple(map(tuple, preset["stages"])), "betas": tuple(preset["betas"])}
-        kept = {f.name: record[f.name] for f in fields(cls) if f.name not in ("preset", "latent")}
-        return cls(**kept, preset=Preset(**preset), latent=record.get("latent"))
-
-    @property
-    def first_stage_name(self) -> str:
-        """The name of the run whose parameters this one starts from."""
-        assert self.after is not None
-        return replace(self, objective=self.after, after=None).name
-
-    @property
-    def name(self) -> str:
-        """A file name that says what was trained."""
-        after = "" if self.after is None else f"-after-{_slug(self.after)}"
-        model = f"{self.layers}L" if self.latent is None else f"{self.layers}L-latent{self.latent}"
-        return f"{self.dataset}-{self.binarisation}-{model}-{_slug(self.objective)}{after}-seed{self.seed}"
-
-
-def _slug(spec: str) -> str:
-    return "-".join(filter(None, re.split(r"[^A-Za-z0-9._-]+", spec)))
-
-
-def training_objective(spec: str, preset: Preset) -> Objective:
-    """The objective of a spec as the preset trains it, with its `backward_samples` where there are more than those."""
-    objective = parse_objective(spec)
-    m = preset.backward_samples
-    if m is None or objective.k <= m or objective.backward_samples is not None or objective.chunk_size is not None:
-        return objective
-    return replace(objective, backward_samples=m)
 
 
 @dataclass(frozen=True)
@@ -346,33 +282,3 @@ class Trainer:
         torch.set_rng_state(state["cpu"])
         if self.device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], self.device)
-
-
-def canonical(spec: str) -> str:
-    """The one way to write an objective, with its options spelt out; equal objectives are trained once.
-
-    IWAE of one sample is the VAE; MIWAE(1, k) is VAE and MIWAE(k, 1) IWAE; 2.0 is written as 2.
-    """
-    objective = parse_objective(spec)
-    if isinstance(objective, Split):
-        return format_objective(objective)
-    for k1, k2 in ((1, objective.k), (objective.k, 1)):
-        if objective == MIWAE(k1=k1, k2=k2):
-            objective = VAE(k=objective.k) if k1 == 1 else IWAE(k=objective.k)
-    if objective == IWAE(k=1):
-        objective = VAE(k=1)
-    name = format_objective(objective).partition("(")[0]
-    spec = name + repr(objective).removeprefix(type(objective).__name__)
-    return re.sub(r"(=-?\d+)\.0(?=[,)])", r"\1", spec)
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one; raises `ValueError` for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros((), device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return device

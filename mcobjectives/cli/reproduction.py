@@ -25,8 +25,10 @@ from mcobjectives_examples.cells import (
     test_images,
     trainer_of,
 )
+from mcobjectives_examples.config import Config
 from mcobjectives_examples.datasets import Dataset, load
-from mcobjectives_examples.engine import require_engine
+from mcobjectives_examples.engine import pick_device, require_engine
+from mcobjectives_examples.estimates import estimate_seconds
 from mcobjectives_examples.findings import findings
 from mcobjectives_examples.logs import Log, require_tensorboard, tensorboard_log
 from mcobjectives_examples.models import paper_model
@@ -34,8 +36,8 @@ from mcobjectives_examples.paper import paper
 from mcobjectives_examples.presets import Preset
 from mcobjectives_examples.side_by_side import run_side_by_side
 from mcobjectives_examples.stacking import pays, stacks, train_together
-from mcobjectives_examples.tables import Row, configurations, estimate_seconds, protocols, rows, with_results
-from mcobjectives_examples.training import Config, Interrupted, Progress, pick_device
+from mcobjectives_examples.tables import Row, configurations, protocols, rows, with_results
+from mcobjectives_examples.training import Interrupted, Progress
 
 
 def reproduce_tables(

@@ -111,10 +111,10 @@ def train(
     """Train one model with any installed objective, evaluate it, and record both."""
     from mcobjectives.cli.reproduction import print_metrics, run_all
     from mcobjectives_examples.cells import Place
+    from mcobjectives_examples.config import Config, canonical
     from mcobjectives_examples.datasets import load
-    from mcobjectives_examples.engine import require_engine
+    from mcobjectives_examples.engine import pick_device, require_engine
     from mcobjectives_examples.presets import capped, configured
-    from mcobjectives_examples.training import Config, canonical, pick_device
 
     chosen, cap = configured(preset, overrides or [], precision)
     spec = canonical(capped(objective, cap))
