@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from mcobjectives.specs import parse_objective
 from mcobjectives_examples import blocks
 from mcobjectives_examples.datasets import DATASETS, default_binarisation, vouched
 from mcobjectives_examples.findings import Finding
@@ -133,9 +134,13 @@ def caption(table_rows: Sequence[Row], *, beside: bool = True) -> str:
     if beside:
         parts.append("units and KL as ours/paper's")
     if preset.backward_samples:
-        parts.append(f"{preset.backward_samples} of k samples back-propagated")
+        m = preset.backward_samples
+        parts.append(f"{m} of k samples back-propagated")
+        if any(row.k > m and not parse_objective(row.configs[0].objective).slopes_vary for row in table_rows):
+            parts[-1] += f", so that VAE and L_alpha of more samples are trained as of {m}"
     if any(row.capped for row in table_rows):
-        parts.append(f"k capped at {max(row.k for row in table_rows)}")
+        cap = max(parse_objective(c.objective).k for row in table_rows for c in (*row.configs, *row.first_stages))
+        parts.append(f"k capped at {cap}")
     elsewhere = {b["dataset"] for row in table_rows if (b := row.bgs16) and "dataset" in b}
     if elsewhere and beside:
         parts.append(f"BGS16's numbers are of {', '.join(elsewhere)}")

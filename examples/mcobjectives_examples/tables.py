@@ -44,7 +44,16 @@ class Row:
 
     @property
     def capped(self) -> bool:
-        return self.k < parse_objective(self.objective).k
+        """Whether it, or its first stage, is trained with fewer samples than the paper's."""
+        config = self.configs[0]
+        pairs = [(config.objective, self.objective), *([(config.after, self.after)] if self.after else [])]
+        return any(parse_objective(ours or "").k < parse_objective(theirs).k for ours, theirs in pairs)
+
+    @property
+    def trained_as(self) -> str:
+        """What is trained, after what: `label` where nothing is capped, but for the way in which it is written."""
+        config = self.configs[0]
+        return config.objective if config.after is None else f"{config.after} then {config.objective}"
 
     @property
     def family(self) -> str:

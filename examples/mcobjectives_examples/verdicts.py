@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 NOISE = 0.6
 """Nats between two runs of one configuration in the paper: with fewer than three seeds, less proves nothing."""
@@ -52,6 +52,23 @@ def ordered(claim: str, series: Sequence[Series], sign: int, noise: float = NOIS
         gain, least = sign * (b.mean - a.mean), _noise(a, b, noise)
         verdicts.append("within noise" if abs(gain) <= least else "holds" if gain > 0 else "does not hold")
     return Finding(claim, worst(verdicts), figures)
+
+
+def unfallen(claim: str, cells: Series) -> Finding:
+    """Whether a metric never falls: one clear fall, at whatever distance, refutes it.
+
+    It holds where the last is clearly above the first, or where with enough seeds no fall can be more than `NOISE`.
+    """
+    figures = " -> ".join(map(str, cells))
+    if not all(cell.complete for cell in cells):
+        return Finding(claim, "not run", figures)
+    falls = [(a.mean - b.mean, _noise(a, b, NOISE)) for a, b in combinations(cells, 2)]
+    if any(fall > least for fall, least in falls):
+        return Finding(claim, "does not hold", figures)
+    few = min(len(cell.values) for cell in cells) < LEAST_SEEDS
+    risen = cells[-1].mean - cells[0].mean > _noise(cells[0], cells[-1], NOISE)
+    level = not few and all(fall + least <= NOISE for fall, least in falls)
+    return Finding(claim, "holds" if risen or level else "within noise", figures)
 
 
 def alike(claim: str, cells: Series, noise: float = NOISE) -> Finding:
