@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
 
-from mcobjectives.model import Density, Latent, ModelError, has_methods
+from mcobjectives.model import Density, Latent, ModelError, has_methods, may_synchronise
 
 
 def expected_log_ratio(model: Any, posterior: Any) -> Density:
     """h -> KL(q || p(h)) for each data point, `(k, batch)`: it stands in for log q(h | x) - log p(h)."""
-    prior = getattr(model, "prior", None)
-    prior = prior() if callable(prior) else prior
+    prior = _prior(model)
     if prior is not None and not isinstance(prior, Distribution):
         raise ModelError(f"analytic_kl=True needs model.prior to be a torch Distribution, got {type(prior).__name__}")
     if not isinstance(posterior, Distribution):
@@ -26,16 +26,44 @@ def expected_log_ratio(model: Any, posterior: Any) -> Density:
         raise ModelError("analytic_kl=True needs model.prior (a torch Distribution), or log_prior(h) of N(0, I)")
 
     def divergence(h: Latent) -> Tensor:
-        standard = _standard_normal(model, h) if prior is None else prior
+        if prior is not None:
+            _require_agreement(model, prior, h)
+        known = _standard_normal(model, h) if prior is None else prior
         try:
-            kl = kl_divergence(posterior, standard)
+            kl = kl_divergence(posterior, known)
         except NotImplementedError:
             raise ModelError(
-                f"analytic_kl=True: no closed-form KL between {posterior} and {standard}: use analytic_kl=False"
+                f"analytic_kl=True: no closed-form KL between {posterior} and {known}: give the model a `prior` of "
+                "the posterior's family, or use analytic_kl=False"
             ) from None
         return kl.expand(h.shape[0], *kl.shape)
 
     return divergence
+
+
+def _prior(model: Any) -> Any:
+    """`model.prior`, or what it gives when called; None where it wants arguments, such as a prior given labels."""
+    prior = getattr(model, "prior", None)
+    if isinstance(prior, Distribution) or not callable(prior):
+        return prior
+    try:
+        inspect.signature(getattr(prior, "forward", prior)).bind()
+    except TypeError:
+        return None
+    return prior()
+
+
+def _require_agreement(model: Any, prior: Distribution, h: Latent) -> None:
+    """Raise where model.prior is not the distribution whose density log_prior gives."""
+    if not (has_methods(model, "log_prior") and isinstance(h, Tensor) and may_synchronise(h)):
+        return
+    with torch.no_grad():
+        given, expected = model.log_prior(h), prior.log_prob(h)
+    if given.shape != expected.shape or not torch.allclose(given, expected, rtol=1e-3, atol=1e-3):
+        raise ModelError(
+            "analytic_kl=True takes model.prior for p(h), but model.log_prior(h) is another density than "
+            "model.prior.log_prob(h): make them one, rename `prior`, or use analytic_kl=False"
+        )
 
 
 def _standard_normal(model: Any, h: Latent) -> Distribution:

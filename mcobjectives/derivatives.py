@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,23 +34,29 @@ def reduced(reduce: Reduction, log_w: Tensor) -> Tensor:
 
 def slopes(reduce: Reduction, log_w: Tensor) -> Tensor:
     """g_i = dF/dl_i, `(k, batch)`."""
-    with torch.enable_grad():
-        leaf = log_w.detach().requires_grad_()
+    with _differentiable(log_w) as leaf:
         return torch.autograd.grad(reduced(reduce, leaf).sum(), leaf)[0]
 
 
 def curvatures(reduce: Reduction, log_w: Tensor) -> Tensor:
     """H_ii = d2F/dl_i^2, `(k, batch)`: the diagonal by one Hessian-vector product a sample."""
     rows = []
-    with torch.enable_grad():
-        leaf = log_w.detach().requires_grad_()
+    with _differentiable(log_w) as leaf:
         (g,) = torch.autograd.grad(reduce(leaf).sum(), leaf, create_graph=True)
-        if not g.requires_grad:  # F is linear
+        if not g.requires_grad:  # F is linear, at least in pieces
             return torch.zeros_like(log_w)
         for i in range(log_w.shape[0]):
             (row,) = torch.autograd.grad(g[i].sum(), leaf, retain_graph=True, allow_unused=True)
             rows.append(torch.zeros_like(log_w[i]) if row is None else row[i])
     return torch.stack(rows)
+
+
+@contextmanager
+def _differentiable(log_w: Tensor) -> Iterator[Tensor]:
+    """log_w as a leaf, in a context that has a graph wherever this is called, under `inference_mode` too."""
+    inference = not torch.compiler.is_compiling() and (torch.is_inference_mode_enabled() or log_w.is_inference())
+    with torch.inference_mode(False) if inference else nullcontext(), torch.enable_grad():
+        yield (log_w.clone() if inference else log_w.detach()).requires_grad_()
 
 
 def leave_one_out(reduce: Reduction, log_w: Tensor) -> Tensor:
@@ -71,6 +79,12 @@ def slopes_vary(slopes: Reduction, k: int) -> bool:
     return bool((low - high).abs().max() > 1e-12)
 
 
+def curved(curvatures: Reduction, k: int) -> bool:
+    """Whether any H_ii is not zero somewhere: near equal log-weights too, since steep slopes are flat elsewhere."""
+    somewhere = _walks(k)[0][:, :4]
+    return bool(curvatures(torch.cat([0 * somewhere[:, :1], 1e-3 * somewhere, somewhere], 1)).any())
+
+
 def slopes_jump(slopes: Reduction, k: int) -> bool:
     """Whether g jumps somewhere along some walks: each is halved, towards the larger change, until a jump is all left.
 
@@ -89,8 +103,9 @@ def slopes_jump(slopes: Reduction, k: int) -> bool:
 
 def _walks(k: int) -> tuple[Tensor, Tensor]:
     """Where short straight walks through log-weight space start and end: `(k, walks)` each."""
-    generator = torch.Generator().manual_seed(0)
-    start, end = torch.randn(2, k, 4, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 1.0, 3.0, 10.0])
+    double: Any = {"dtype": torch.float64, "device": "cpu"}  # whatever the default device is
+    generator = torch.Generator("cpu").manual_seed(0)
+    start, end = torch.randn(2, k, 4, generator=generator, **double) * torch.tensor([1.0, 1.0, 3.0, 10.0], **double)
     end[:, 0] = start[:, 0].roll(1)  # whichever sample is the largest, or the middle one, it does not stay so
-    steps = start.unsqueeze(2) + (end - start).unsqueeze(2) * torch.linspace(0, 1, 17, dtype=torch.float64)
+    steps = start.unsqueeze(2) + (end - start).unsqueeze(2) * torch.linspace(0, 1, 17, **double)
     return steps[..., :-1].reshape(k, -1), steps[..., 1:].reshape(k, -1)

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from mcobjectives.arguments import require_count
-from mcobjectives.model import has_rsample
+from mcobjectives.model import ModelError, check_differentiable, generators_at, has_rsample, is_discrete, rng_state
 from mcobjectives.objective import Objective
 
 Loss = Callable[[Any, Any], Tensor]
@@ -105,6 +106,9 @@ def gradient_statistics(
     flat = [parameter for group in groups.values() for parameter in group]
     if not flat:
         raise ValueError("there are no parameters to take gradients of")
+    frozen = [name for name, group in groups.items() if not all(p.requires_grad for p in group)]
+    if frozen:
+        raise ValueError(f"group(s) {', '.join(frozen)} have parameters that are frozen (requires_grad is False)")
     mean, squares, times = torch.zeros(()), torch.zeros(()), []
     for n in range(1, draws + 1):
         start = _now(flat[0])
@@ -194,7 +198,7 @@ def compare_gradients(
     """
     groups = parameter_groups(model) if groups is None else groups
     reference_draws = 10 * draws if reference_draws is None else reference_draws
-    known: dict[Any, dict[str, GradientStatistics]] = {}
+    known: list[tuple[Any, dict[str, GradientStatistics]]] = []
     rows = Comparison()
     for objective in objectives:
         statistics = gradient_statistics(objective, model, x, draws=draws, groups=groups)
@@ -204,9 +208,10 @@ def compare_gradients(
         if isinstance(target, Mapping):
             expected = {name: _exact(target, name, statistics[name]) for name in groups}
         else:
-            if target not in known:
-                known[target] = gradient_statistics(target, model, x, draws=reference_draws, groups=groups)
-            expected = known[target]
+            expected = next((found for one, found in known if _equal(one, target)), {})
+            if not expected:
+                expected = gradient_statistics(target, model, x, draws=reference_draws, groups=groups)
+                known.append((target, expected))
         rows += [_row(objective, name, statistics[name], expected[name]) for name in groups]
     return rows
 
@@ -230,13 +235,34 @@ def _unbiased(objective: Any, model: Any, x: Any) -> Any:
     """The same objective with a gradient that is right by construction."""
     if not isinstance(objective, Objective):
         raise ValueError(f"{_label(objective)} is no Objective, so it tells no reference: pass reference=")
+    if type(objective).weights is Objective.weights:
+        gradient = "reparam" if _is_pathwise(model, x) else "vimco" if objective.k > 1 else "score"
+        return replace(objective, gradient=gradient, backward_samples=None)
+    # The weights are made of its parts': a Split.
     parts = {f.name: getattr(objective, f.name) for f in fields(objective)}
     inner = {name: _unbiased(part, model, x) for name, part in parts.items() if isinstance(part, Objective)}
-    if inner:
-        return replace(objective, **inner)
-    pathwise = has_rsample(model.posterior(x))
-    gradient = "reparam" if pathwise else "vimco" if objective.k > 1 else "score"
-    return replace(objective, gradient=gradient, backward_samples=None)
+    return replace(objective, backward_samples=None, **inner)
+
+
+def _is_pathwise(model: Any, x: Any) -> bool:
+    """Whether a pathwise gradient is right: all parts of h are differentiable, and none is discrete."""
+    posterior = model.posterior(x)
+    if not has_rsample(posterior) or is_discrete(posterior):
+        return False
+    with generators_at(rng_state()):
+        h = posterior.rsample(torch.Size((1,)))
+    try:
+        check_differentiable(h, posterior.log_prob(pytree.tree_map(torch.Tensor.detach, h)))
+    except ModelError:
+        return False
+    return True
+
+
+def _equal(one: Any, other: Any) -> bool:
+    try:
+        return one is other or bool(one == other)
+    except RuntimeError:  # of options that are tensors
+        return False
 
 
 def _exact(reference: Mapping[str, Tensor], name: str, found: GradientStatistics) -> GradientStatistics:
@@ -247,7 +273,7 @@ def _exact(reference: Mapping[str, Tensor], name: str, found: GradientStatistics
 
 
 def _flattened(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
-    parts = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
+    parts = [torch.zeros_like(p) if g is None else g.to_dense() for g, p in zip(gradients, parameters, strict=True)]
     return torch.cat([part.detach().flatten().cpu().double() for part in parts])
 
 

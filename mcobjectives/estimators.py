@@ -60,7 +60,7 @@ def stl(objective: Objective, log_w: Tensor) -> Weights:
     """Sticking the landing (Roeder et al. 2017): reparam without the score of q; biased where F is not linear."""
     require_smooth(objective, "stl")
     if objective.slopes_vary:
-        _warn_once(
+        warn_once(
             f"gradient='stl' is biased for {type(objective).__name__} with more than one sample: "
             "use gradient='dreg' for an unbiased gradient of as little variance"
         )
@@ -76,13 +76,21 @@ def dreg(objective: Objective, log_w: Tensor) -> Weights:
 
 
 def score(objective: Objective, log_w: Tensor) -> Weights:
-    """The score-function gradient (REINFORCE): no differentiable samples needed, high variance."""
+    """The score-function gradient (REINFORCE): no differentiable samples needed, high variance.
+
+    Every sample's score is weighted by the whole of F, so that the noise grows with k; by the sample's own term alone
+    where F is a sum of such, as VAE's is.
+    """
     g = objective.slopes(log_w)
-    return Weights(g, None, objective.tempering * g - objective.reduce(log_w))
+    own = objective.reduce(log_w) if objective.slopes_vary else torch.where(g == 0, 0.0, g * log_w)
+    return Weights(g, None, objective.tempering * g - own)
 
 
 def vimco(objective: Objective, log_w: Tensor) -> Weights:
-    """Score function with a leave-one-out baseline (VIMCO, Mnih & Rezende 2016): F without sample i is b_i."""
+    """Score function with a leave-one-out baseline (VIMCO, Mnih & Rezende 2016).
+
+    b_i is F with log w_i replaced by the mean of the others.
+    """
     if log_w.shape[0] < 2:
         raise ValueError("gradient='vimco' needs at least two samples, got k = 1: use k >= 2 or gradient='score'")
     g = objective.slopes(log_w)
@@ -102,18 +110,24 @@ def rws(objective: Objective, log_w: Tensor) -> Weights:
 
 
 def require_smooth(objective: Objective, estimator: str) -> None:
-    """Raise `ValueError` where the slopes jump (median, max): g - H_ii then loses a boundary term."""
+    """Raise `ValueError` where the slopes jump (median, max), so that g - H_ii loses a term, or have no derivative."""
     if not objective.smooth or objective.slopes_jump:
         raise ValueError(
             f"gradient={estimator!r} is wrong for {type(objective).__name__}: its slopes dF/dlog w jump, "
             "and the term at the jump would be lost; use gradient='reparam' or 'score'"
+        )
+    if estimator == "dreg" and not objective.slopes_differentiable:
+        raise ValueError(
+            f"gradient='dreg' needs second derivatives of {type(objective).__name__}, whose slopes vary but cannot be "
+            "differentiated again: write the backward of its autograd.Function in differentiable operations, override "
+            "`curvatures`, or use gradient='reparam'"
         )
 
 
 _warned: set[str] = set()
 
 
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, UserWarning, stacklevel=2)

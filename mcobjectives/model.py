@@ -128,6 +128,26 @@ def has_rsample(posterior: Any) -> bool:
     return has_methods(posterior, "rsample") and getattr(posterior, "has_rsample", True)
 
 
+def is_discrete(posterior: Any) -> bool:
+    """Whether h takes discrete values: a gradient through its samples is then straight-through, not q's."""
+    return bool(getattr(_support(posterior), "is_discrete", False))
+
+
+def moving_support(posterior: Any) -> bool:
+    """Whether the values that h can take depend on parameters of q, as a Uniform's do."""
+    support = _support(posterior)
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return any(isinstance(bound, Tensor) and bound.requires_grad for bound in getattr(support, "__dict__", {}).values())
+
+
+def _support(posterior: Any) -> Any:
+    try:
+        return getattr(posterior, "support", None)
+    except NotImplementedError:  # of torch distributions that know none
+        return None
+
+
 def log_weights(log_p: Tensor, log_q: Tensor, expected_k: int) -> Tensor:
     """log p - log q, once both are known to be `(k, batch)`, on one device, and free of NaN and +inf."""
     for name, value in (("log p(x, h)", log_p), ("log q(h | x)", log_q)):
@@ -276,6 +296,8 @@ def parameterless(h: Tensor) -> Tensor:
         >>> noise.requires_grad, noise.is_leaf
         (True, True)
     """
+    if not h.is_floating_point():
+        raise ModelError(f"parameterless(h) needs floating-point samples, got {h.dtype}: cast them, h.float()")
     if torch.is_grad_enabled():
         h.requires_grad_()
     h.parameterless = True  # type: ignore[attr-defined]

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from mcobjectives import plugins
 from mcobjectives.analytic import expected_log_ratio
 from mcobjectives.arguments import require_count, require_number
-from mcobjectives.derivatives import curvatures, leave_one_out, reduced, slopes, slopes_jump, slopes_vary
-from mcobjectives.estimators import Weights
+from mcobjectives.derivatives import curvatures, curved, leave_one_out, reduced, slopes, slopes_jump, slopes_vary
+from mcobjectives.estimators import Weights, warn_once
 from mcobjectives.model import (
     Density,
     Latent,
@@ -26,8 +26,11 @@ from mcobjectives.model import (
     cast_anew,
     check_differentiable,
     generators_at,
+    has_rsample,
+    is_discrete,
     log_joint,
     may_synchronise,
+    moving_support,
     refuse_transforms,
     require,
     rng_state,
@@ -38,9 +41,10 @@ from mcobjectives.resampling import select
 from mcobjectives.surrogate import PLAIN, Plan, Ratio, plan_of, terms, with_value
 
 _JUMPS: dict[tuple[Any, ...], bool] = {}
+_DERIVED = ("slopes", "curvatures", "leave_one_out")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a subclass with eq=False is then equal to itself alone
 class Objective(ABC):
     """A Monte Carlo objective: subclasses are frozen dataclasses with a field `k` and a method `reduce`.
 
@@ -100,7 +104,7 @@ class Objective(ABC):
         """The weight t on log p(h) - log q(h | x) in the log-weights."""
         return self.kl_weight
 
-    # Derivatives of F: from autograd on `reduce` alone; closed forms may override them.
+    # Derivatives of F: from autograd on `reduce` alone; closed forms may override them, down to the next `reduce`.
 
     def slopes(self, log_w: Tensor) -> Tensor:
         """g_i = dF/dlog w_i, `(k, batch)`."""
@@ -118,6 +122,11 @@ class Objective(ABC):
     def slopes_vary(self) -> bool:
         """Whether the slopes depend on the log-weights, that is, whether F is not linear."""
         return slopes_vary(self.slopes, self.k)
+
+    @cached_property
+    def slopes_differentiable(self) -> bool:
+        """False where the slopes vary and have no derivative: an autograd.Function's whose backward is of numbers."""
+        return not self.slopes_vary or curved(self.curvatures, self.k)
 
     @cached_property
     def slopes_jump(self) -> bool:
@@ -177,6 +186,8 @@ class Objective(ABC):
         if isinstance(x, Tensor) and x.numel() == 0:  # torch's own distributions stumble over it less legibly
             raise ModelError(f"the batch is empty: x has shape {tuple(x.shape)}")
         posterior = model.posterior(x)
+        if torch.is_grad_enabled():
+            self._check_samples(posterior)
         samples = Samples(
             posterior,
             self.k,
@@ -186,6 +197,18 @@ class Objective(ABC):
         if log_p is not None:
             return samples, log_p, posterior.log_prob
         return samples, lambda h: model.log_likelihood(x, h), expected_log_ratio(model, posterior)
+
+    def _check_samples(self, posterior: Any) -> None:
+        if self._plan.path and is_discrete(posterior) and has_rsample(posterior):
+            warn_once(
+                f"h of {type(posterior).__name__} is discrete, and a gradient straight through its samples is biased: "
+                "use gradient='vimco' for an unbiased one"
+            )
+        if not self._plan.plain and moving_support(posterior):
+            raise ModelError(
+                f"gradient={self.gradient!r} is wrong for {type(posterior).__name__}, whose support moves with its "
+                "parameters: use gradient='reparam'"
+            )
 
     def _chunks(self) -> list[tuple[int, int]]:
         size = self.chunk_size or self.k
@@ -285,11 +308,13 @@ class Objective(ABC):
     def _reduce_checked(self, log_w: Tensor) -> Tensor:
         bound = reduced(self.reduce, log_w)
         if may_synchronise(bound) and not bool(torch.isfinite(bound).all()):
-            empty = int((log_w == -torch.inf).all(0).sum())
+            zero = log_w == -torch.inf
+            empty, some = int(zero.all(0).sum()), bool(zero.any())
             why = f"all {self.k} weights are zero for {empty} of them" if empty else "some of their weights are zero"
+            why = f"{why} (log p(x, h) = -inf)" if some else "its reduce leaves what floats hold: stay in log space"
             raise ValueError(
                 f"the bound of {type(self).__name__} is not finite for {int((~torch.isfinite(bound)).sum())} of "
-                f"{bound.numel()} data points: {why} (log p(x, h) = -inf)"
+                f"{bound.numel()} data points: {why}"
             )
         return bound
 
@@ -313,9 +338,8 @@ class Objective(ABC):
             ) from error
 
     def __post_init__(self) -> None:
-        parts = [name for name in ("k1", "k2") if hasattr(self, name)]
         given = [name for name in ("chunk_size", "backward_samples") if getattr(self, name) is not None]
-        for name in (*parts, "k", *given):
+        for name in ("k", *given):
             require_count(name, getattr(self, name, None))
         if self.backward_samples is not None and self.backward_samples > self.k:
             raise ValueError(f"backward_samples must be at most k = {self.k}, got {self.backward_samples}")
@@ -324,6 +348,10 @@ class Objective(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        home = {name: _place(cls, name) for name in ("reduce", *_DERIVED)}
+        for name in _DERIVED:
+            if home["reduce"] < home[name]:  # a parent's closed form, of a parent's `reduce`
+                setattr(cls, name, getattr(Objective, name))
         if "__repr__" not in vars(cls):
             # Before @dataclass would write its own.
             cls.__repr__ = Objective.__repr__  # type: ignore[method-assign]
@@ -364,6 +392,11 @@ class BoundObjective(torch.nn.Module):
 
     def forward(self, x: Any) -> Tensor:
         return self.objective(self.model, x)
+
+
+def _place(cls: type, name: str) -> int:
+    """How far up a class has a method from: 0 for its own."""
+    return next(i for i, parent in enumerate(cls.__mro__) if name in vars(parent))
 
 
 def _like(weights: Tensor, part: Tensor) -> Tensor:

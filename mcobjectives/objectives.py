@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mcobjectives.arguments import require_number
+from mcobjectives.arguments import require_count, require_number
 from mcobjectives.estimators import Weights
 from mcobjectives.objective import Objective
 from mcobjectives.reductions import log_mean_exp, log_median, log_power_mean, logsumexp_of_others, mean_of_others
@@ -235,6 +235,11 @@ class MIWAE(Objective):
     def curvatures(self, log_w: Tensor) -> Tensor:
         w = self._grouped(log_w).softmax(1)
         return (w * (1 - w) / self.k2).reshape(log_w.shape)
+
+    def __post_init__(self) -> None:
+        for name in ("k1", "k2"):
+            require_count(name, getattr(self, name))
+        super().__post_init__()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ def replayed(value: Tensor, share: Share, chunks: int) -> Tensor:
     raises, since its gradient would be lost.
     """
     refuse_transforms(value)
+    require_no_parameters(value)
     leaves = _leaves(share(0))
     return _Replayed.apply(value, share, chunks, *leaves) if leaves else value
 
@@ -39,6 +41,15 @@ def require_unchanged(again: Tensor, first: Tensor, what: str, tolerance: float 
             "batch normalisation in the model, parameters changed in between or swapped by "
             "torch.func.functional_call): use gradient='reparam' without chunk_size and backward_samples, or "
             "model.eval(), or call backward() inside the context that sets the parameters"
+        )
+
+
+def require_no_parameters(value: Tensor) -> None:
+    """Raise where F has parameters of its own, as its value at given log-weights then has a graph."""
+    if value.requires_grad:
+        raise ValueError(
+            "reduce(log_w) has parameters of its own, whose gradient would be lost: use gradient='reparam' without "
+            "chunk_size and backward_samples, or no parameters"
         )
 
 
@@ -63,11 +74,25 @@ class _Replayed(torch.autograd.Function):
                     "(swapped by torch.func.functional_call, or chosen at random): use chunk_size=None"
                 )
             # What the chunks share, q's network, is differentiated once for each: it has batch rows only.
-            grads = torch.autograd.grad(share, ctx.leaves, grad, retain_graph=True, allow_unused=True)
+            with _without_hooks(ctx.leaves):
+                grads = torch.autograd.grad(share, ctx.leaves, grad, retain_graph=True, allow_unused=True)
             for sum_, one in zip(total, grads, strict=True):
                 if one is not None:
                     sum_ += one
         return None, None, None, *total
+
+
+@contextmanager
+def _without_hooks(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, the leaves' hooks are not called: they are meant for the whole gradient, which is yet to be added up."""
+    hooks = [(leaf._backward_hooks, dict(leaf._backward_hooks)) for leaf in leaves if leaf._backward_hooks]
+    for live, _ in hooks:
+        live.clear()
+    try:
+        yield
+    finally:
+        for live, kept in hooks:
+            live.update(kept)
 
 
 def zeros_once(like: Tensor) -> Tensor:

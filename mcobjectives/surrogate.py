@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from mcobjectives.estimators import Weights
 from mcobjectives.model import Density, Latent, check_differentiable, log_weights, refuse_transforms
-from mcobjectives.replay import autocast_as_now, require_unchanged, zeros_once
+from mcobjectives.replay import autocast_as_now, require_no_parameters, require_unchanged, zeros_once
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class Terms(NamedTuple):
 
 def plan_of(weights: Any, k: int) -> Plan:
     """Find out by example, on log-weights from flat to extreme, what an estimator (log_w -> (a, c, s)) calls for."""
-    generator = torch.Generator().manual_seed(0)
-    spread = torch.tensor([0.0, 0.1, 1.0, 10.0, 1000.0], dtype=torch.float64)
-    a, c, s = weights(torch.randn(k, 5, generator=generator, dtype=torch.float64) * spread)
+    generator = torch.Generator("cpu").manual_seed(0)  # whatever the default device is
+    spread = torch.tensor([0.0, 0.1, 1.0, 10.0, 1000.0], dtype=torch.float64, device="cpu")
+    a, c, s = weights(torch.randn(k, 5, generator=generator, dtype=torch.float64, device="cpu") * spread)
     if a is None:
         raise ValueError("an estimator must weight log p(x, h): a is None")
     for name, array in (("a", a), ("c", c), ("s", s)):
@@ -150,13 +150,16 @@ class _Stopped(torch.autograd.Function):
             with ctx.autocast():
                 value = ctx.of_leaves(leaves)
             require_unchanged(value, first, "a log-density")
+            if not value.requires_grad:  # it does not depend on h
+                return None, None, *[None] * len(leaves)
             grads = torch.autograd.grad(value, leaves, grad, allow_unused=True)
         return None, None, *grads
 
 
 def with_value(total: Tensor, value: Tensor) -> Tensor:
     """`value` with the gradient of `total`, but no second derivative: S holds its weights constant."""
-    return _WithValue.apply(total, value.detach())
+    require_no_parameters(value)
+    return _WithValue.apply(total, value)
 
 
 class _WithValue(torch.autograd.Function):

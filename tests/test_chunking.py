@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ from toys import (
 )
 
 import mcobjectives.objective
-from mcobjectives import CIWAE, IWAE, MIWAE, VAE, LAlpha, Median, ModelError, Power, Split, parameterless
+from mcobjectives import CIWAE, IWAE, MIWAE, VAE, LAlpha, Median, ModelError, Objective, Power, Split, parameterless
 from mcobjectives.model import Samples
 from mcobjectives.reductions import effective_sample_size
 from mcobjectives.resampling import inclusion_probabilities, select
@@ -229,6 +231,83 @@ def test_the_loss_without_a_graph_is_the_bound_whatever_the_estimator(objective,
         loss = objective(model, model.data())
         torch.manual_seed(0)
         assert torch.equal(loss, -objective.bound(model, model.data()).mean())
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4])
+def test_a_parameters_hook_is_called_once_on_the_whole_gradient(chunk_size):
+    def trained(size, *changes):
+        model, calls = LinearGaussian().off_posterior(), []
+        for i, p in enumerate(model.parameters()):
+            for change in changes[i % 2 : i % 2 + 1]:
+                p.register_hook(lambda g, change=change: calls.append(g) or change(g))
+        torch.manual_seed(0)
+        IWAE(k=6, gradient="dreg", chunk_size=size)(model, model.data()).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, len(calls)
+
+    def half(g):
+        return g / 2
+
+    def clipped(g):
+        return g.clamp(-0.01, 0.01)
+
+    free, _ = trained(None)
+    whole, calls = trained(None, half, clipped)
+    found, again = trained(chunk_size, half, clipped)
+    assert_same(found, whole, 1e-10)
+    assert again == calls == len(whole) and any((whole[name] != free[name]).any() for name in whole)
+
+
+def test_a_model_that_reaches_other_parameters_in_a_later_chunk_raises():
+    class Routed(LinearGaussian):
+        def __init__(self):
+            super().__init__()
+            self.experts = torch.nn.Parameter(torch.zeros(2, dtype=F64)), torch.nn.Parameter(torch.ones(2, dtype=F64))
+            self.calls = 0
+
+        def log_prior(self, h):
+            self.calls += 1
+            return super().log_prior(h + self.experts[self.calls % 2] * (1e-9 if self.calls % 2 else 0.0))
+
+    model = Routed().off_posterior()
+    with pytest.raises(RuntimeError, match="depends on other parameters than in the forward pass"):
+        IWAE(k=6, chunk_size=2)(model, model.data()).backward()
+
+
+@pytest.mark.parametrize("objective", [Median(k=6, gradient="score"), Curved(k=6, gradient="dreg")], ids=repr)
+def test_objectives_are_made_and_copied_in_inference_mode(objective):
+    model = LinearGaussian().off_posterior()
+    torch.manual_seed(0)
+    expected = objective.bound(model, model.data())
+    with torch.inference_mode():
+        for made in (replace(objective), copy.deepcopy(objective)):
+            torch.manual_seed(0)
+            assert torch.equal(made.bound(model, model.data()), expected)
+        log_w = torch.tensor([[0.1], [0.2], [0.3], [0.4], [0.5], [0.6]], dtype=F64)
+        inside = objective.weights(log_w)
+    outside = objective.weights(log_w.clone())
+    assert torch.equal(inside.a, outside.a)
+
+
+@dataclass(frozen=True)
+class Learnt(Objective):
+    """A weighted mean of two bounds, whose weight is a parameter."""
+
+    k: int = 4
+    beta: torch.Tensor = torch.nn.Parameter(torch.tensor(0.3, dtype=F64))  # noqa: RUF009
+
+    def reduce(self, log_w):
+        return self.beta * log_w.mean(0) + (1 - self.beta) * (log_w.logsumexp(0) - math.log(self.k))
+
+
+@pytest.mark.parametrize("options", [{"gradient": "dreg"}, {"chunk_size": 2}, {"backward_samples": 2}], ids=str)
+def test_parameters_of_an_objective_are_trained_or_refused(options):
+    model = LinearGaussian().off_posterior()
+    plain = Learnt(k=4)
+    plain(model, model.data()).backward()
+    assert plain.beta.grad is not None and plain.beta.grad != 0
+    with pytest.raises(ValueError, match="has parameters of its own, whose gradient would be lost"):
+        Learnt(k=4, **options)(model, model.data())
+    assert torch.isfinite(Learnt(k=4, **options).bound(model, model.data())).all()
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient": "vimco"}, {"gradient": "dreg"}], ids=str)

@@ -2,15 +2,17 @@
 
 import json
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical, Independent, Normal
+from torch.distributions import Categorical, Independent, Normal, OneHotCategoricalStraightThrough
+from toys import Mixed
 
-from mcobjectives import IWAE, MIWAE, VAE, Split
+from mcobjectives import IWAE, MIWAE, VAE, Objective, Split, diagnostics
 from mcobjectives.diagnostics import Comparison, Row, compare_gradients, gradient_statistics, parameter_groups
 
 F64 = torch.float64
@@ -229,6 +231,100 @@ def test_a_split_is_compared_with_its_own_parts():
     right, wrong = by_group(compare_gradients(Gaussian(), MANY, [dreg, stl], draws=40, reference_draws=160), "loc")
     assert right.bias < 3 * right.bias_error
     assert wrong.bias > 4 * wrong.bias_error
+
+
+@dataclass(frozen=True)
+class Blend(Objective):
+    """An objective made of objectives, whose gradient is its own."""
+
+    first: Objective = field(default_factory=lambda: IWAE(k=8))
+    second: Objective = field(default_factory=lambda: VAE(k=8))
+
+    @property
+    def k(self):
+        return self.first.k
+
+    def reduce(self, log_w):
+        return 0.9 * self.first.reduce(log_w) + 0.1 * self.second.reduce(log_w)
+
+
+def test_an_objective_of_objectives_is_compared_by_its_own_gradient():
+    torch.manual_seed(0)
+    pairs = [Blend(gradient="dreg"), Blend(gradient="stl")]
+    right, wrong = by_group(compare_gradients(Gaussian(), MANY, pairs, draws=40), "loc")
+    assert right.bias < 3 * right.bias_error
+    assert wrong.bias > 4 * wrong.bias_error
+
+
+def test_the_reference_of_a_split_back_propagates_all_samples():
+    parts = {"generative": IWAE(k=8), "inference": IWAE(k=8, gradient="dreg")}
+    reference = diagnostics._unbiased(Split(**parts, backward_samples=2), Gaussian(), MANY)
+    assert reference == Split(generative=IWAE(k=8), inference=IWAE(k=8))
+    assert diagnostics._unbiased(IWAE(k=8, gradient="dreg", backward_samples=2), Gaussian(), MANY) == IWAE(k=8)
+
+
+def test_mixed_and_straight_through_latents_are_compared_with_the_score_family():
+    torch.manual_seed(0)
+    model, x = Mixed(), torch.full((40,), 0.9, dtype=F64)
+    model = Flat(model)
+    state = torch.get_rng_state()
+    assert not diagnostics._is_pathwise(model, x)
+    assert torch.equal(torch.get_rng_state(), state)
+    for row in compare_gradients(model, x, [IWAE(k=4, gradient="vimco")], draws=40, reference_draws=80):
+        assert row.bias < 4 * row.bias_error
+
+    class Straight(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.logits = nn.Parameter(torch.tensor([0.5, 0.0, -1.0], dtype=F64))
+
+        def posterior(self, x):
+            return OneHotCategoricalStraightThrough(logits=self.logits.expand(len(x), 3))
+
+        def log_joint(self, x, h):
+            return 3 * h[..., 0] - math.log(3)
+
+    [vimco] = compare_gradients(Straight(), MANY, [IWAE(k=4, gradient="vimco")], draws=40, reference_draws=80)
+    assert vimco.bias < 4 * vimco.bias_error
+
+
+class Flat(nn.Module):
+    """A model whose parameters are one group each."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.posterior, self.log_joint = model.posterior, model.log_joint
+
+
+def test_options_that_are_lists_or_tensors_have_references_of_their_own():
+    @dataclass(frozen=True, eq=False)
+    class Scaled(Objective):
+        k: int = 2
+        by: object = None
+
+        def reduce(self, log_w):
+            return float(self.by[0]) * log_w.mean(0)
+
+    @dataclass(frozen=True)
+    class Listed(Scaled):
+        pass
+
+    torch.manual_seed(0)
+    tensors = [Scaled(by=torch.tensor([0.25, 0.0])), Scaled(by=torch.tensor([3.0, 0.0]))]
+    same = [Listed(by=torch.tensor([0.25, 0.0])), Listed(by=torch.tensor([3.0, 0.0]))]
+    for row in compare_gradients(Gaussian(), MANY, [*tensors, *same, Listed(by=[0.5])], draws=20, reference_draws=40):
+        assert row.bias < 4 * row.bias_error
+
+
+def test_frozen_parameters_and_sparse_gradients():
+    model = Vectors()
+    model.b.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"group\(s\) both have parameters that are frozen"):
+        gradient_statistics(noisy(), model, None, draws=2, groups={"both": [model.a, model.b]})
+    table = nn.Embedding(4, 2, sparse=True)
+    found = gradient_statistics(lambda m, x: m(x).sum(), table, torch.tensor([1, 1, 3]), draws=2)
+    assert found["weight"].mean.tolist() == [0.0, 0.0, 2.0, 2.0, 0.0, 0.0, 1.0, 1.0]
 
 
 def test_each_objective_has_its_own_reference():

@@ -25,6 +25,7 @@ from toys import (
 )
 
 from mcobjectives import CIWAE, IWAE, MIWAE, VAE, LAlpha, Median, Objective, Power, Split, estimator_names, estimators
+from mcobjectives.reductions import log_power_mean
 
 BUILT_IN = ["dreg", "reparam", "rws", "score", "stl", "vimco"]
 SCORE_FAMILY, PATHWISE = ["score", "vimco"], ["reparam", "dreg"]
@@ -42,6 +43,64 @@ def smooth(objectives: list[Objective]) -> list[Objective]:
 
 
 # Unbiased: the expectation is the exact gradient, theta and phi alike.
+
+
+class Sharp(IWAE):
+    """A subclass that overrides `reduce` alone: the parent's closed forms are not its own."""
+
+    def reduce(self, log_w: torch.Tensor) -> torch.Tensor:
+        return log_power_mean(log_w, 2.0)
+
+
+class Softer:
+    def reduce(self, log_w: torch.Tensor) -> torch.Tensor:
+        return log_power_mean(log_w, 0.5)
+
+
+class Mixin(Softer, Power):
+    """`reduce` from a class that is no objective."""
+
+
+class Own(IWAE):
+    """Its slopes are its own, the curvatures and the leave-one-out values are not."""
+
+    def reduce(self, log_w: torch.Tensor) -> torch.Tensor:
+        return log_power_mean(log_w, 2.0)
+
+    def slopes(self, log_w: torch.Tensor) -> torch.Tensor:
+        return (2 * log_w).softmax(0)
+
+
+class Child(Sharp):
+    """And so on downwards."""
+
+
+@pytest.mark.parametrize("gradient", PATHWISE + SCORE_FAMILY)
+@pytest.mark.parametrize("objective", [Sharp(k=2), Mixin(k=2, p=3.0), Own(k=2), Child(k=2)], ids=repr)
+def test_a_subclass_with_another_reduce_has_its_own_gradient(objective, gradient):
+    model, grid = Gaussian1D(), gaussian_grid(2, 1, 110)
+    x = model.on(grid)
+    found = expected_gradient(replace(objective, gradient=gradient), model, x, grid.weight)
+    assert_same(found, exact_gradient(objective, model, x, grid.weight))
+
+
+@pytest.mark.parametrize("objective", [VAE(k=3), LAlpha(k=3, alpha=0.5)], ids=repr)
+def test_where_f_is_a_sum_each_score_has_its_own_term(objective):
+    """So that the noise falls with k, as REINFORCE's on k samples does."""
+    log_w = torch.tensor([[-2.0], [-4.0], [-9.0]], dtype=F64)
+    s = replace(objective, gradient="score").weights(log_w).s
+    torch.testing.assert_close(s, objective.tempering / 3 - log_w / 3)
+    assert torch.equal(IWAE(k=3, gradient="score").weights(log_w).s, log_w.softmax(0) - IWAE(k=3).reduce(log_w))
+
+
+def test_closed_forms_go_with_the_reduce_they_were_written_for():
+    class Renamed(Power):
+        """Nothing of its own: the parent's closed forms hold."""
+
+    assert Renamed.slopes is Power.slopes and Renamed.curvatures is Power.curvatures
+    assert Own.slopes is not Objective.slopes and Own.curvatures is Objective.curvatures
+    assert IWAE.slopes is not Objective.slopes and MIWAE.curvatures is not Objective.curvatures
+
 
 THREE = [*registered(3), Curved(k=3), Jackknife(k=3), IWAE(k=3, kl_weight=0.6), Power(k=3, p=2.0, kl_weight=1.4)]
 FOUR = [MIWAE(k1=2, k2=2), MIWAE(k1=4, k2=1), MIWAE(k1=1, k2=4), Median(k=4)]
@@ -273,14 +332,17 @@ def test_piwae_trains_theta_by_iwae_and_phi_by_miwae_on_the_same_samples():
         (IWAE(k=2, gradient="dreg"), Gaussian1D, None),
         (Power(k=2, p=2.0, gradient="vimco"), Gaussian1D, None),
         (MIWAE(1, 2, gradient="score"), Gaussian1D, None),
+        (MIWAE(1, 2, gradient="dreg", kl_weight=0.5), Gaussian1D, None),
+        (LAlpha(k=2, alpha=0.5, gradient="vimco"), Gaussian1D, None),
     ],
     ids=repr,
 )
 def test_each_part_of_a_split_follows_its_own_objective(inference, model, weights):
     model, grid = model(), gaussian_grid(2, 1, 120)
     x = model.on(grid)
-    found = expected_gradient(Split(generative=IWAE(k=2), inference=inference), model, x, grid.weight)
-    theta = exact_gradient(IWAE(k=2), model, x, grid.weight)
+    generative = IWAE(k=2, kl_weight=inference.tempering)
+    found = expected_gradient(Split(generative=generative, inference=inference), model, x, grid.weight)
+    theta = exact_gradient(generative, model, x, grid.weight)
     phi = exact_gradient(inference, model, x, grid.weight)
     for name in found:
         torch.testing.assert_close(found[name], (phi if name.startswith("q_") else theta)[name], rtol=0, atol=1e-8)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
-from torch.distributions import Bernoulli, Categorical, Independent, MixtureSameFamily, Normal
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Independent,
+    MixtureSameFamily,
+    Normal,
+    OneHotCategoricalStraightThrough,
+    Pareto,
+    Uniform,
+)
 from toys import F64, Discrete, Gaussian1D, LinearGaussian, Mixed, TwoLayers
 
 from mcobjectives import (
@@ -21,6 +31,7 @@ from mcobjectives import (
     Power,
     get_objective,
     objective_names,
+    parameterless,
 )
 
 X = torch.tensor([0.9, -0.4, 2.0, 0.1], dtype=F64)
@@ -321,6 +332,100 @@ def test_some_weights_zero_are_fine_for_iwae_and_reported_by_vae():
     assert torch.isfinite(IWAE(k=3)(model, X))
     with pytest.raises(ValueError, match="not finite for 4 of 4 data points: some of their weights are zero"):
         VAE(k=3)(model, X)
+
+
+def test_a_reduce_that_leaves_log_space_is_not_blamed_on_the_model():
+    @dataclass(frozen=True)
+    class Naive(Objective):
+        k: int = 3
+
+        def reduce(self, log_w):
+            return log_w.exp().mean(0).log()
+
+    model = Toy(log_joint=lambda x, h: -(h**2) - 2000)
+    with pytest.raises(ValueError, match="not finite for 4 of 4 data points: its reduce leaves what floats hold"):
+        Naive(k=3)(model, X)
+
+
+@pytest.mark.parametrize("gradient", ["stl", "dreg"])
+def test_a_density_that_does_not_depend_on_h_has_no_path(gradient):
+    """A point estimate: q's log-density is a constant."""
+
+    class Point(Toy):
+        def posterior(self, x):
+            posterior = Normal(self.loc + 0 * x, 1.0)
+            posterior.log_prob = torch.zeros_like
+            return posterior
+
+    results = []
+    for name in ("reparam", gradient):
+        model = Point()
+        torch.manual_seed(0)
+        VAE(k=2, gradient=name)(model, X).backward()
+        results.append(model.loc.grad)
+    torch.testing.assert_close(*results)
+
+
+class _Fused(torch.autograd.Function):
+    """log-mean-exp whose backward pass keeps the softmax as a number."""
+
+    @staticmethod
+    def forward(ctx, log_w):
+        ctx.w = log_w.softmax(0)
+        return log_w.logsumexp(0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.w
+
+
+def test_slopes_that_cannot_be_differentiated_again_are_refused():
+    @dataclass(frozen=True)
+    class Kernel(Objective):
+        k: int = 3
+
+        def reduce(self, log_w):
+            return _Fused.apply(log_w)
+
+    assert Kernel(k=3).gradient == "reparam"
+    with pytest.raises(ValueError, match="vary but cannot be differentiated again"):
+        Kernel(k=3, gradient="dreg")
+
+
+@pytest.mark.parametrize("make", [lambda m, s: Uniform(m, m + s), lambda m, s: Pareto(s, m.abs() + 3)])
+def test_a_support_that_moves_with_q_is_refused_but_for_reparam(make):
+    class Moving(Toy):
+        def posterior(self, x):
+            return make(self.loc + x, 1.5 + self.loc.exp())
+
+    model = Moving(log_joint=lambda x, h: -(h**2) + x)
+    assert torch.isfinite(IWAE(k=3)(model, X))
+    for gradient in ("dreg", "stl", "score", "vimco"):
+        objective = IWAE(k=3, gradient=gradient)
+        with pytest.raises(ModelError, match="whose support moves with its parameters: use gradient='reparam'"):
+            objective(model, X)
+        assert torch.isfinite(objective.bound(model, X)).all()
+
+
+def test_straight_through_samples_are_warned_of(monkeypatch):
+    class Straight(Toy):
+        def posterior(self, x):
+            logits = torch.stack([self.loc + x, -x], -1)
+            return OneHotCategoricalStraightThrough(logits=logits)
+
+    monkeypatch.setattr("mcobjectives.estimators._warned", set())
+    model = Straight(log_joint=lambda x, h: h[..., 0] * x)
+    with pytest.warns(UserWarning, match="straight through its samples is biased: use gradient='vimco'"):
+        IWAE(k=3, gradient="dreg")(model, X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        IWAE(k=3, gradient="dreg")(model, X)  # said once
+        IWAE(k=3, gradient="vimco")(model, X)
+
+
+def test_samples_that_cannot_have_a_gradient_are_not_marked():
+    with pytest.raises(ModelError, match=r"parameterless\(h\) needs floating-point samples, got torch.int64"):
+        parameterless(torch.zeros(3, dtype=torch.long))
 
 
 def test_nothing_is_checked_away_from_a_users_reduce():

@@ -357,6 +357,85 @@ def test_analytic_kl_takes_the_models_own_prior():
     torch.testing.assert_close(found, model.log_likelihood(x, h).mean(0) - kl)
 
 
+def test_analytic_kl_is_refused_where_prior_is_not_what_log_prior_gives():
+    class Scaled(DiagonalGaussian):
+        """`prior` is the base distribution of a scaled one."""
+
+        prior = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(2, dtype=F64), 1.0), 1)
+
+        def log_prior(self, h):
+            return self.prior.log_prob(h / 3) - 2 * math.log(3)
+
+    model = Scaled().off_posterior()
+    with pytest.raises(ModelError, match=r"model.log_prior\(h\) is another density than model.prior.log_prob\(h\)"):
+        VAE(k=2, analytic_kl=True).bound(model, model.data())
+    assert torch.isfinite(VAE(k=2).bound(model, model.data())).all()
+
+
+def test_a_prior_that_wants_arguments_is_not_taken_for_p_of_h():
+    class Conditional(DiagonalGaussian):
+        def prior(self, labels):
+            raise AssertionError("not to be called")
+
+    class Network(DiagonalGaussian):
+        def __init__(self):
+            super().__init__()
+            self.prior = torch.nn.Linear(1, 2)
+
+    class Called(DiagonalGaussian):
+        def prior(self):
+            return torch.distributions.Independent(torch.distributions.Normal(torch.zeros(2, dtype=F64), 1.0), 1)
+
+    bounds = []
+    for make in (DiagonalGaussian, Conditional, Network, Called):
+        model = make().off_posterior()
+        torch.manual_seed(0)
+        bounds.append(VAE(k=2, analytic_kl=True).bound(model, model.data()))
+    for bound in bounds[1:]:
+        torch.testing.assert_close(bound, bounds[0])
+
+
+def test_a_subclass_that_only_changes_reduce_is_looked_at_anew():
+    class Biggest(IWAE):
+        def reduce(self, log_w):
+            return log_w.amax(0)
+
+    class Bent(VAE):
+        def reduce(self, log_w):
+            return log_w.logsumexp(0)
+
+    with pytest.raises(ValueError, match="its slopes dF/dlog w jump"):
+        Biggest(k=4, gradient="dreg")
+    assert Bent(k=3).slopes_vary and not VAE(k=3).slopes_vary
+
+
+def test_objectives_that_compare_by_identity_are_not_equal():
+    @dataclass(frozen=True, eq=False)
+    class Weighted(Objective):
+        k: int = 2
+        w: torch.Tensor = None
+
+        def reduce(self, log_w):
+            return (self.w * log_w).mean(0)
+
+    one = Weighted(w=torch.tensor(0.25))
+    assert one == one and one != Weighted(w=torch.tensor(3.0)) and one != Weighted(w=torch.tensor(0.25))
+
+
+def test_an_option_named_like_miwaes_is_the_objectives_own():
+    @dataclass(frozen=True)
+    class Curvature(Objective):
+        k: int = 2
+        k1: float = 0.5
+
+        def reduce(self, log_w):
+            return self.k1 * log_w.mean(0)
+
+    assert Curvature(k1=0.25).k1 == 0.25
+    with pytest.raises(ValueError, match="k1 must be an integer"):
+        MIWAE(k1=0.5, k2=2)
+
+
 def test_analytic_kl_is_refused_where_it_is_not_known():
     objective = VAE(k=3, analytic_kl=True)
 
