@@ -236,7 +236,7 @@ def test_reproduce_is_complete_finite_and_rendered_from_its_files(mcobj, tmp_pat
     assert mcobj(*TABLE, "--no-run", "--json")[1] == out
     markdown = mcobj(*TABLE, "--no-run", "--markdown")[1]
     assert markdown.startswith("**Table 1: ") and sum(line.startswith("|") for line in markdown.splitlines()) == 14
-    refused(mcobj(*TABLE, "--set", "batch_size=50"), "recorded with other settings (preset)")
+    refused(mcobj(*TABLE, "--set", "batch_size=50"), "recorded with other settings (preset.batch_size)")
     for file in (tmp_path / "runs" / "smoke").glob("*2L-iwae*.json"):
         file.unlink()
     assert mcobj(*TABLE, "--no-run")[1].count("not run") >= 2
@@ -258,6 +258,28 @@ def test_a_table_fits_the_terminal(columns, tmp_path):
     lines = out.splitlines()
     assert max(map(len, lines)) <= columns
     assert sum(bool(re.match(r" [12] +(vae|iwae) +(1|5|50) +not run", line)) for line in lines) == 12
+
+
+def test_a_compilers_brackets_are_text(mcobj, tmp_path, monkeypatch):
+    def compile_whole(*arguments):
+        raise RuntimeError("C++ compile error in [/tmp/ab.cpp] near [k, batch]")
+
+    monkeypatch.setattr("mcobjectives_examples.engine.compile_whole", compile_whole)
+    monkeypatch.setattr("mcobjectives_examples.engine.compiler_failure", lambda device: "")
+    quick = ["--objective", "iwae(k=2)", *QUICK, "--engine", "compiled", "--out", tmp_path]
+    status, _, err = mcobj("train", *quick)
+    assert status == 0 and "in [/tmp/ab.cpp] near [k, batch]" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_has_no_such_letters_loses_only_them(tmp_path, encoding):
+    first = start(*TABLE, "--out", tmp_path, "--no-run", env=os.environ | {"PYTHONIOENCODING": encoding})
+    out, err = first.communicate()
+    assert first.returncode == 0 and "not run" in out and "codec" not in err and "preset smoke" in out
+    folder = tmp_path / "r\u00e9sultats \u2026"
+    folder.mkdir()
+    found = start("report", folder, env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert "holds no recorded results" in found.communicate()[1] and found.returncode == 1
 
 
 # Figures and reports.

@@ -15,6 +15,7 @@ from toys import LinearGaussian, loss_gradient
 from mcobjectives import IWAE, PluginError, cli, estimator_names, get_estimator, get_objective, objective_names, plugins
 from mcobjectives.catalogue import catalogue
 from mcobjectives.specs import parse_objective
+from mcobjectives_examples.presets import capped
 
 
 def forget():
@@ -96,6 +97,32 @@ def test_a_third_partys_objective_is_one_class_and_works_everywhere(install):
         assert torch.isfinite(loss) and found["q_offset"].abs().max() > 0
     with pytest.raises(ValueError, match="wrong for MinWeight"):
         get_objective("acme_min")(k=4, gradient="dreg")
+
+
+def test_an_objective_without_an_option_k_is_not_capped(install):
+    install(
+        "grouped",
+        """
+        from dataclasses import dataclass
+        from mcobjectives import Objective
+
+        @dataclass(frozen=True)
+        class Grouped(Objective):
+            k1: int = 2
+            k2: int = 3
+
+            @property
+            def k(self):
+                return self.k1 * self.k2
+
+            def reduce(self, log_w):
+                return log_w.mean(0)
+        """,
+        objectives={"grouped": "grouped:Grouped"},
+    )
+    assert capped("grouped(k1=2, k2=3)", 6) == "grouped(k1=2, k2=3)"
+    with pytest.raises(ValueError, match="which has no option k: give it fewer samples"):
+        capped("grouped(k1=2, k2=3)", 2)
 
 
 def test_a_third_partys_estimator_is_one_function_and_works_everywhere(install):

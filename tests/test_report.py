@@ -1,5 +1,6 @@
 """The report on a folder of results: the numbers are those that were recorded, and it needs no network."""
 
+import copy
 import json
 import re
 import shutil
@@ -454,6 +455,53 @@ def test_a_foreign_file_is_named(tmp_path, text):
     (tmp_path / "foreign-seed0.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"foreign-seed0.json.*move it away"):
         report(tmp_path)
+
+
+def _leaves(value, path=()):
+    """The paths to all that a record holds."""
+    if path:
+        yield path
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from _leaves(part, (*path, key))
+
+
+def test_whatever_a_record_lacks_or_has_wrong_is_one_line_that_names_the_file_or_harmless(tmp_path):
+    config = configurations(rows(1, SHORT))[0]
+    pruned = {"nll_pruned": 91.2, "nll_unpruned_same_images": 91.0, "nll_pruned_stderr": 0.1}
+    whole = result(config, **pruned) | {"seconds": {"train": 3.0, "evaluate": 1.0}, "engine": "eager", "parameters": 9}
+    record(tmp_path, config, made=whole)
+    report(tmp_path)
+    refused = set()
+    for path in _leaves(whole):
+        for wrong in (None, "abc", {}, ...):
+            made = copy.deepcopy(whole)
+            place = made
+            for key in path[:-1]:
+                place = place[key]
+            if wrong is ...:
+                del place[path[-1]]
+            else:
+                place[path[-1]] = wrong
+            record(tmp_path, config, made=made)
+            try:
+                html(report(tmp_path))
+            except CheckpointError as error:
+                assert config.name in str(error) and "move it away" in str(error)
+                refused.add(path[0])
+    assert refused >= {"config", "metrics", "data", "provenance", "seconds", "learning_curve"}
+
+
+def test_a_data_set_of_ones_own_is_reported(tmp_path):
+    config = Config("mine", "once", 1, "vae(k=1)", replace(SHORT, name="own"))
+    record(tmp_path, config)
+    assert "run on mine" in page_of(tmp_path).text
+
+
+def test_an_nll_that_is_not_finite_is_not_called_not_run(tmp_path):
+    config = configurations(rows(6, SHORT))[0]
+    record(tmp_path, config, nll=None)
+    [line] = [line for line in lines_of(page_of(tmp_path), "NLL", "paper") if line["objective"].startswith("median")]
+    assert line["NLL"] == "not finite"
 
 
 def test_a_renamed_result_is_named(tmp_path):

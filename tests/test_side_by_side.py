@@ -102,6 +102,19 @@ def test_cells_side_by_side_interrupted_and_gone_on_with_are_the_cells_alone(fir
     assert {r["provenance"]["machine"]["threads"] for r in records} == {threads} and len(records) == 3
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ctrl_c_while_the_processes_start_is_no_fault_of_theirs(tmp_path):
+    command = [sys.executable, "-c", MCOBJ, *TABLE, f"--out={tmp_path}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while process.poll() is None and len(children(process)) < 2:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in told and "its process ended" not in told
+    assert "cells 0/2" in " ".join(told.split()) or "0/2 cells" in told
+
+
 def test_a_cell_that_fails_stops_the_others_with_their_checkpoints(first, tmp_path):
     long = replace(first, preset=configured("smoke", ["passes=3000"])[0])
     broken = replace(first, seed=1)
@@ -122,15 +135,18 @@ def test_a_process_that_is_killed_is_named(first, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_none_outlives_the_first_process(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", MCOBJ, *TABLE, f"--out={tmp_path}"], stderr=subprocess.DEVNULL)
+    told = tmp_path / "stderr"
+    with told.open("wb") as stderr:
+        process = subprocess.Popen([sys.executable, "-c", MCOBJ, *TABLE, f"--out={tmp_path}"], stderr=stderr)
     while process.poll() is None and len(left := children(process)) < 2:
         time.sleep(0.01)
     process.kill()
-    process.communicate()
+    process.wait()
     deadline = time.monotonic() + 60
     while any(map(at_work, left)) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert len(left) == 2 and not any(map(at_work, left))
+    assert "Traceback" not in told.read_text()
 
 
 def test_stack_and_jobs_exclude_each_other(tmp_path, monkeypatch, capsys):

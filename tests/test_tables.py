@@ -614,8 +614,17 @@ def test_a_result_of_other_settings_is_refused_and_kept(config, digits, tmp_path
     assert recorded(tmp_path, config)["metrics"]["nll"] == 88.0
     other = dataclasses.replace(config, preset=TINY.with_passes(7))
     before = result_path(tmp_path, config).read_bytes()
-    with pytest.raises(CheckpointError, match=r"recorded with other settings \(preset\): choose another --out"):
+    with pytest.raises(
+        CheckpointError, match=r"recorded with other settings \(preset\.[a-z_]+\): choose another --out"
+    ):
         recorded(tmp_path, other)
+    reworded = dataclasses.replace(config, preset=dataclasses.replace(TINY, about="in other words"))
+    assert recorded(tmp_path, reworded)["metrics"]["nll"] == 88.0
+    older = json.loads(before)
+    del older["config"]["preset"]["precision"]
+    write_json(result_path(tmp_path, config), older)
+    assert recorded(tmp_path, config)["metrics"]["nll"] == 88.0
+    result_path(tmp_path, config).write_bytes(before)
     with pytest.raises(CheckpointError, match=r"\(data_sha256\)"):
         run_cell(config, digits, tmp_path, CPU)
     assert result_path(tmp_path, config).read_bytes() == before

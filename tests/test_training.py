@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from mcobjectives import IWAE
+from mcobjectives.specs import parse_objective
 from mcobjectives_examples import checkpoints, compiling, engine, training
 from mcobjectives_examples.checkpoints import CheckpointError
 from mcobjectives_examples.config import Config, canonical, training_objective
@@ -182,13 +183,13 @@ def test_every_configuration_has_its_own_file_name():
     ],
 )
 def test_equal_objectives_have_one_canonical_spec(spec, expected):
-    assert training.parse_objective(canonical(spec)) == training.parse_objective(expected)
+    assert parse_objective(canonical(spec)) == parse_objective(expected)
     assert canonical(canonical(spec)) == canonical(spec) == canonical(expected)
 
 
 def test_a_split_is_canonical_too():
     spec = "split(generative=iwae(k=6), inference=miwae(k1=3, k2=2))"
-    assert training.parse_objective(canonical(spec)) == training.parse_objective(spec)
+    assert parse_objective(canonical(spec)) == parse_objective(spec)
 
 
 # Training.
@@ -408,6 +409,8 @@ def test_a_spoilt_checkpoint_is_refused_and_kept(saved, trainer, how):
 
 
 def test_a_mismatch_says_what_differs(saved, trainer):
+    reworded = trainer(preset=dataclasses.replace(TINY, about="in other words"))
+    assert reworded.restore()  # a description is no setting
     with pytest.raises(CheckpointError, match=r"differs in objective, seed"):
         trainer(objective="vae(k=3)", seed=2).restore()
 
@@ -607,6 +610,37 @@ def test_what_cannot_be_compiled_is_run_eagerly_and_says_why(trainer, monkeypatc
     step, used = make_step(Engine("compiled", ""), *arguments)
     assert used == Engine("eager", "cannot be compiled: data-dependent control flow")
     assert torch.isfinite(step(run.pixels[:400]))
+
+
+@pytest.mark.parametrize("where", ["compile_whole", "compiler_failure"])
+def test_a_compiler_that_ctrl_c_stops_says_nothing_of_the_engine(trainer, monkeypatch, where):
+    """The signal reaches the compiler too: what fails then compiles when the run goes on."""
+    asked, real = [], engine.compile_whole
+
+    def stopped(*arguments):
+        asked.append(True)
+        if where == "compile_whole":
+            raise RuntimeError("C++ compile error")
+        return "CppCompileError"
+
+    monkeypatch.setattr(engine, "compiler_failure", lambda device: "")
+    monkeypatch.setattr(engine, where, stopped)
+    run = trainer(engine="compiled")
+    with pytest.raises(Interrupted):
+        run.run(stop=lambda: bool(asked))
+    state = checkpoints.load(run.checkpoint, run.record, CPU)
+    assert state["engine"] != "eager" and state["position"] == {"epoch": 0, "step": 0, "total": 0.0}
+    compiled = []
+    monkeypatch.setattr(engine, "compiler_failure", lambda device: "")
+    monkeypatch.setattr(engine, "compile_whole", lambda *arguments: compiled.append(real) or eagerly(arguments[0]))
+    again = trainer(engine="compiled")
+    assert again.restore()
+    again.run(*until(1)[:1])
+    assert compiled and again.engine.name == "compiled"
+
+
+def eagerly(function):
+    return lambda vector, x: function(vector.detach().requires_grad_(), x)
 
 
 class _Stream:

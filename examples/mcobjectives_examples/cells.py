@@ -18,7 +18,7 @@ from mcobjectives.likelihoods import bernoulli_log_likelihood
 from mcobjectives_examples import checkpoints
 from mcobjectives_examples.binarisation import test_set
 from mcobjectives_examples.compiling import for_evaluation
-from mcobjectives_examples.config import Config
+from mcobjectives_examples.config import Config, differing
 from mcobjectives_examples.datasets import Dataset
 from mcobjectives_examples.files import write_json
 from mcobjectives_examples.logs import Log
@@ -27,6 +27,7 @@ from mcobjectives_examples.precision import set_precision
 from mcobjectives_examples.presets import Preset
 from mcobjectives_examples.provenance import provenance
 from mcobjectives_examples.pruning import pruned
+from mcobjectives_examples.results import read_result
 from mcobjectives_examples.training import Interrupted, Progress, Trainer
 
 EVALUATION_SEED = 20210401
@@ -64,15 +65,12 @@ def recorded(out: Path, config: Config, dataset_sha256: str | None = None) -> di
     path = result_path(out, config)
     if not path.exists():
         return None
-    result = checkpoints.read_json(path)
-    theirs = result.get("config") if isinstance(result, dict) else None
-    if not isinstance(theirs, dict) or not {"metrics", "data"} <= result.keys():
-        raise checkpoints.CheckpointError(f"{path} is not a recorded result: move it away to run that cell again")
-    expected = config.to_dict(dataset_sha256 or str(theirs.get("data_sha256")))
-    if theirs != expected:
+    result = read_result(path)
+    theirs = result["config"]
+    found = differing(theirs, config.to_dict(dataset_sha256 or str(theirs.get("data_sha256"))))
+    if found:
         raise checkpoints.CheckpointError(
-            f"{path} was recorded with other settings ({checkpoints.differing(theirs, expected)}): choose another "
-            "--out or move it away"
+            f"{path} was recorded with other settings ({found}): choose another --out or move it away"
         )
     return result
 
@@ -111,16 +109,14 @@ def first_stage(out: Path, config: Config, dataset_sha256: str) -> dict[str, Any
     state = checkpoints.load(path, None, "cpu")
     theirs = json.loads(state["config"])
     expected = config.to_dict(dataset_sha256) | {"objective": config.after, "after": None}
-    if theirs != expected | {"preset": theirs.get("preset")}:
+    if differing(theirs, expected | {"preset": theirs.get("preset")}):
         raise checkpoints.CheckpointError(f"{path} is not the first stage of {config.name}: move it away")
     record = path.with_suffix(".json")
-    if record.exists():
-        result = checkpoints.read_json(record)
-        if not isinstance(result, dict) or result.get("config") != theirs:
-            raise checkpoints.CheckpointError(
-                f"{path} was trained with other settings than {record.name} records: move both away to train that "
-                "first stage again"
-            )
+    if record.exists() and differing(read_result(record)["config"], theirs):
+        raise checkpoints.CheckpointError(
+            f"{path} was trained with other settings than {record.name} records: move both away to train that "
+            "first stage again"
+        )
     with checkpoints.readable(path):
         if state["position"]["epoch"] < Config.from_dict(theirs).preset.passes:
             raise checkpoints.CheckpointError(f"{path} is not trained to its end: train the first stage first")
@@ -164,7 +160,12 @@ def run_cell(
 
     trainer.run(on_step, stop)
     began = time.monotonic()
-    metrics = evaluate_model(trainer.model, test_images(dataset, config), config.preset, on_progress, stop)
+    try:
+        metrics = evaluate_model(trainer.model, test_images(dataset, config), config.preset, on_progress, stop)
+    except Exception:
+        if stop():  # a Ctrl-C stops a compiler too, whose failure this may be
+            raise Interrupted from None
+        raise
     if log is not None:
         for name, value in scalars(metrics):
             log(f"test/{name}", value, trainer.epoch)

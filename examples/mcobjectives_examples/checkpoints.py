@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mcobjectives_examples.config import differing
 from mcobjectives_examples.files import write_atomically
 
 FORMAT = 2
@@ -25,11 +26,6 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}: move it away to run that cell again") from error
-
-
-def differing(one: dict[str, Any], other: dict[str, Any]) -> str:
-    """The keys in which two configurations differ, for people."""
-    return ", ".join(sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key)))
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -55,10 +51,9 @@ def load(path: Path, config: dict[str, Any] | None, device: torch.device | str) 
         known = False
     if not known:
         raise CheckpointError(f"{path} is not a checkpoint of this format: move it away or choose another --out")
-    if config is not None and theirs != config:
+    if config is not None and (found := differing(theirs, config)):
         raise CheckpointError(
-            f"{path} belongs to another run (differs in {differing(theirs, config)}): move it away or choose another "
-            "--out"
+            f"{path} belongs to another run (differs in {found}): move it away or choose another --out"
         )
     return state
 

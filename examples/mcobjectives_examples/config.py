@@ -73,6 +73,30 @@ def training_objective(spec: str, preset: Preset) -> Objective:
     return replace(objective, backward_samples=m)
 
 
+def comparable(record: dict[str, Any]) -> dict[str, Any]:
+    """A recorded configuration as it would be recorded now, for comparing two.
+
+    What an older version left out has its default, and a preset's description, which may be reworded, is left out.
+    """
+    try:
+        whole = Config.from_dict(record).to_dict(record["data_sha256"])
+    except (KeyError, TypeError, ValueError):  # of something else: it is compared as it stands
+        return record
+    return whole | {"preset": {name: value for name, value in whole["preset"].items() if name != "about"}}
+
+
+def differing(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """In what two recorded configurations differ, for people; empty where they are of one run."""
+    one, other = _flat(comparable(one)), _flat(comparable(other))
+    return ", ".join(sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key)))
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    preset = record.get("preset")
+    parts = {f"preset.{name}": value for name, value in preset.items()} if isinstance(preset, dict) else {}
+    return {name: value for name, value in record.items() if not (parts and name == "preset")} | parts
+
+
 def canonical(spec: str) -> str:
     """The one way to write an objective, with its options spelt out; equal objectives are trained once.
 

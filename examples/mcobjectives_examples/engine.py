@@ -255,7 +255,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros((), device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        float(torch.zeros((), device=device))  # of "meta" there is none
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
+        first = str(error).splitlines()[0].partition(". ")[0]
+        raise ValueError(f"device {name!r} cannot be used: {first}: choose auto, cpu or cuda") from None
     return device

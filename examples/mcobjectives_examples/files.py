@@ -65,4 +65,4 @@ def require_writable(path: Path) -> None:
         write_atomically(probe, lambda file: None)
     except OutputError as error:
         raise OutputError(str(error).replace(str(probe), str(path))) from error
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # somebody else may look at the same time

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from mcobjectives import MIWAE, Split
 from mcobjectives.specs import format_objective, parse_objective
@@ -124,7 +124,7 @@ def configured(name: str, overrides: Sequence[str], precision: str | None = None
         if key not in (*_CHANGEABLE, "k"):
             raise ValueError(f"cannot set {text!r}: choose from {', '.join((*_CHANGEABLE, 'k'))}")
         least = 2 if key == "test_images" else 1  # no variance, hence no active units, of a single image
-        if not value.isdecimal() or int(value) < least:
+        if not value.isdecimal() or len(value) > 18 or int(value) < least:
             raise ValueError(f"{key} must be an integer of at least {least}, got {value!r}")
         if key == "k":
             cap = int(value)
@@ -145,6 +145,8 @@ def capped(spec: str, cap: int | None) -> str:
     if isinstance(objective, MIWAE):
         k1 = min(objective.k1, cap)
         return format_objective(replace(objective, k1=k1, k2=max(1, cap // k1)))
+    if "k" not in {f.name for f in fields(objective)}:
+        raise ValueError(f"k={cap} cannot cap {spec!r}, which has no option k: give it fewer samples")
     return format_objective(replace(objective, k=cap))  # type: ignore[call-arg]
 
 

@@ -15,6 +15,7 @@ from mcobjectives_examples.config import Config, canonical
 from mcobjectives_examples.drawing import FORMATS
 from mcobjectives_examples.paper import paper, table
 from mcobjectives_examples.presets import Preset
+from mcobjectives_examples.results import read_result
 from mcobjectives_examples.tables import Row, filled, rows
 
 Records = dict[Config, dict[str, Any]]
@@ -34,9 +35,7 @@ def read(folder: Path) -> Records:
     for path in sorted(folder.glob("*-seed*.json")):
         if path.with_suffix("").suffix in FORMATS:  # a figure's record
             continue
-        result = checkpoints.read_json(path)
-        if not isinstance(result, dict) or not {"config", "metrics", "data"} <= result.keys():
-            raise checkpoints.CheckpointError(f"{path} is not a recorded result: move it away")
+        result = read_result(path)
         with checkpoints.readable(path):
             config = Config.from_dict(result["config"])
             if config.name != path.stem:

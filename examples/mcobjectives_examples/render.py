@@ -20,6 +20,7 @@ TRUST_HEADER = ("ESS", "k-hat (too high for)")
 MORE = ("pruned", "reconstruction")
 """Further columns, where there is room: by how much NLL grows without inactive units, and the error in nats."""
 NOT_RUN = "not run"
+NOT_FINITE = "not finite"
 UNRELIABLE = "unreliable"
 MOST_UNRELIABLE = 0.1
 """The largest share of test images with too high a k-hat for an NLL that is not called unreliable."""
@@ -28,7 +29,8 @@ MOST_UNRELIABLE = 0.1
 def cells(row: Row) -> list[str]:
     """The columns of `HEADER` for one row; a seed that is missing marks the row."""
     nll, spread = row.mean("nll"), row.spread("nll")
-    ours = NOT_RUN if nll is None else f"{nll:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
+    none = NOT_FINITE if any(row.results) else NOT_RUN
+    ours = none if nll is None else f"{nll:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
     if nll is not None and not row.complete:
         ours += f" ({len(row.values('nll'))}/{len(row.results)} seeds)"
     kl = row.mean("kl_posterior")
@@ -167,8 +169,11 @@ def table_blocks(title: str, table_rows: Sequence[Row], found: Sequence[Finding]
 
 
 def _protocol(row: Row) -> str:
-    ours, theirs = row.configs[0].binarisation, default_binarisation(row.configs[0].dataset)
-    return f"{ours} (the paper's: {theirs})" if row.on_papers_data and ours != theirs else ours
+    ours = row.configs[0].binarisation
+    if not row.on_papers_data:  # whose default, on a data set of somebody's own, is not known
+        return ours
+    theirs = default_binarisation(row.configs[0].dataset)
+    return f"{ours} (the paper's: {theirs})" if ours != theirs else ours
 
 
 def markdown(title: str, table_rows: Sequence[Row], found: Sequence[Finding]) -> str:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -41,6 +41,7 @@ class _Note:
 @dataclass(frozen=True)
 class _End:
     error: str = ""
+    recorded: bool = False
 
 
 def run_side_by_side(
@@ -77,11 +78,12 @@ def run_side_by_side(
                         on_progress(config, doing, done, total)
                     case _Note(text):
                         note(text)
-                    case _End(error):
+                    case _End(error, recorded):
                         process.join()
                         del working[connection]
                         errors += [error] if error else []
-                        on_done(config)
+                        if recorded:
+                            on_done(config)
             if not stopping and (errors or stop()):
                 stopping = True
                 for connection in working:
@@ -105,9 +107,22 @@ def _start(config: Config, place: Place, threads: int) -> tuple[Connection, Base
     context = get_context("spawn")  # a copy of a process with threads of its own would hang
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, config, place, threads), name=config.name)
-    process.start()
+    with _without_interrupts():  # which it inherits, with its compilers: Ctrl-C reaches every process
+        process.start()
     theirs.close()
     return ours, process
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _receive(connection: Connection, config: Config, process: BaseProcess) -> object:
@@ -120,7 +135,7 @@ def _receive(connection: Connection, config: Config, process: BaseProcess) -> ob
 
 
 def _work(connection: Connection, config: Config, place: Place, threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the first one tells the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process tells the others
     torch.set_num_threads(threads)
     reported = -1.0, ""
 
@@ -147,10 +162,10 @@ def _work(connection: Connection, config: Config, place: Place, threads: int) ->
                 log=log,
                 note=lambda text: connection.send(_Note(text)),
             )
-        connection.send(_End())
-    except Interrupted:
-        connection.send(_End())
-    except ConnectionError:
-        pass  # the first process is gone; the last checkpoint stands
+        end = _End(recorded=True)
+    except (Interrupted, ConnectionError):  # the latter if the first process is gone; the last checkpoint stands
+        end = _End()
     except (ValueError, RuntimeError, OSError, ImportError) as error:
-        connection.send(_End(f"{config.name}: {' '.join(str(error).split()) or type(error).__name__}"))
+        end = _End(f"{config.name}: {' '.join(str(error).split()) or type(error).__name__}")
+    with suppress(ConnectionError):
+        connection.send(end)

@@ -163,8 +163,16 @@ def train_together(
     trainers = [trainer for trainer in trainers if trainer.steps_left]
     if not trainers:
         return
-    with generators_at(rng_state()):
-        stack = Stack(trainers)
+    already = stop()
+    try:
+        with generators_at(rng_state()):
+            stack = Stack(trainers)
+    except Exception:
+        if stop():  # a Ctrl-C stops a compiler too
+            raise Interrupted from None
+        raise
+    if stop() and not already:
+        raise Interrupted
     alone = [_alone(trainer) for trainer in trainers]
     for trainer in trainers:
         trainer.together = len(trainers)

@@ -117,7 +117,7 @@ class Trainer:
     def run(self, on_step: OnStep = None, stop: Callable[[], bool] = lambda: False) -> None:
         """Train to the end of the preset; raises `Interrupted` after a checkpoint once `stop()` is true."""
         with self.own_random_numbers():
-            step = self._step_function() if self.epoch < self.preset.passes else None
+            step = self._step_function(stop) if self.epoch < self.preset.passes else None
             batches = self.batches(on_step, stop)
             x = advance(batches, None)
             while x is not None and step is not None:
@@ -156,18 +156,25 @@ class Trainer:
         finally:
             self.rng = self._rng_state()
 
-    def _step_function(self) -> Step:
+    def _step_function(self, stop: Callable[[], bool]) -> Step:
+        already = stop()
+        precision = self.preset.precision
         # After a restart the same engine as before: another one rounds differently.
         before, x = self.engine, self.first_batch()
         if before and before.name not in ENGINES:
             self.note(f"the checkpoint is of {before.name} steps, now it goes on alone: last digits may differ")
             before = None
         wanted = before.name if before else self.wanted_engine
-        self.engine = choose_engine(wanted, self.objective, self.model, x, self.steps_left)
-        if before and before.name == self.engine.name:
-            self.engine = before
+        chosen = choose_engine(wanted, self.objective, self.model, x, self.steps_left)
+        interrupted = stop() and not already  # a Ctrl-C stops a compiler too, whose failure then says nothing
+        self.engine = before if interrupted or (before and before.name == chosen.name) else chosen
         self.save()  # a folder that cannot be written shows before the work
-        step, self.engine = make_step(self.engine, self.objective, self.model, self.optimiser, self.preset.precision, x)
+        if interrupted:
+            raise Interrupted
+        step, made = make_step(self.engine or chosen, self.objective, self.model, self.optimiser, precision, x)
+        if stop() and not already:
+            raise Interrupted
+        self.engine = made
         self.note(f"{self.engine.name} steps: {self.engine.why}")
         self.save()  # the choice of engine is kept
         return step

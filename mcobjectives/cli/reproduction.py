@@ -114,7 +114,7 @@ def run_all(
 
     def note(text: str) -> None:
         if text not in noted:
-            errors.print(text)
+            errors.print(text, markup=False, highlight=False)
         noted.add(text)
 
     with interruptible() as stop, progress() as bars:

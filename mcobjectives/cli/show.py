@@ -27,7 +27,7 @@ def grid(*columns: str, title: str | None = None, right: tuple[int, ...] = ()) -
 def progress() -> Progress:
     """Bars on stderr, so that stdout stays for results."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
         TimeElapsedColumn(),

@@ -1,0 +1,93 @@
+"""Recorded results: read with care, whatever a file of that name holds."""
+
+from __future__ import annotations
+
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from mcobjectives_examples.checkpoints import CheckpointError, read_json
+
+_OF_PRUNING = {"nll_pruned", "nll_unpruned_same_images", "nll_pruned_stderr"}
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A recorded result; raises `CheckpointError`, saying which part of it is missing or of another kind."""
+    result = read_json(path)
+    fault = _fault(result)
+    if fault:
+        raise CheckpointError(f"{path} is not a recorded result ({fault}): move it away to run that cell again")
+    return result
+
+
+def _fault(result: Any) -> str:
+    checks = {"config": _config, "metrics": _metrics, "data": _data, "provenance": _provenance, "seconds": _seconds}
+    if not isinstance(result, dict):
+        return "no object"
+    needed = [name for name in ("config", "metrics", "data") if name not in result]
+    if needed:
+        return f"without {', '.join(needed)}"
+    bad = [name for name, right in checks.items() if name in result and not right(result[name])]
+    curve = result.get("learning_curve", [])
+    if curve != [] and not _numbers(curve):
+        bad.append("learning_curve")
+    return f"not what it should be: {', '.join(bad)}" if bad else ""
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _texts(value: Any, *names: str) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in names)
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_number, value))
+
+
+def _config(value: Any) -> bool:
+    if not (_texts(value, "dataset", "binarisation", "objective", "data_sha256") and _preset(value.get("preset"))):
+        return False
+    after, latent = value.get("after"), value.get("latent")
+    counts = [value.get("layers"), value.get("seed"), *([] if latent is None else [latent])]
+    return isinstance(after, str | None) and "after" in value and all(isinstance(n, int) for n in counts)
+
+
+def _preset(value: Any) -> bool:
+    """What an older version did not record yet has a default."""
+    if not (_texts(value, "name", "about") and isinstance(value.get("stages"), list)):
+        return False
+    texts = all(isinstance(value.get(name, ""), str | None) for name in ("binarisation", "precision"))
+    counts = all(_number(value.get(name, 1)) for name in ("batch_size", "eps", "nll_k"))
+    choices = all(value.get(name) is None or _number(value[name]) for name in ("backward_samples", "test_images"))
+    pairs = all(_numbers(pair) and len(pair) == 2 for pair in (*value["stages"], value.get("betas", [0, 0])))
+    return texts and counts and choices and pairs and bool(value["stages"]) and value.get("precision", "") is not None
+
+
+def _metrics(value: Any) -> bool:
+    """Numbers, a list of them for each layer, or None for what is not finite; the three of pruning together."""
+    if not isinstance(value, dict) or 0 < len(_OF_PRUNING & value.keys()) < len(_OF_PRUNING):
+        return False
+    return all(part is None or _number(part) or _numbers(part) for part in value.values())
+
+
+def _data(value: Any) -> bool:
+    if not (_texts(value, "sha256") and _number(value.get("test")) and isinstance(value.get("source", ""), str)):
+        return False
+    files = value.get("files")
+    return isinstance(files, list) and all(isinstance(file, dict) and "verified" in file for file in files)
+
+
+def _provenance(value: Any) -> bool:
+    if value is None:
+        return True
+    if not (_texts(value, "date") and isinstance(value.get("commit"), str | None) and "commit" in value):
+        return False
+    machine = value.get("machine")
+    told = _texts(machine, "gpu") or (_texts(machine, "cpu") and _number(machine.get("threads")))
+    return told and _texts(value.get("versions"), "mcobjectives", "torch")
+
+
+def _seconds(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_number, value.values()))
