@@ -7,7 +7,6 @@ into buffers made beforehand. The parts take turns; the ratio is that of the med
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from parts import DECODER, products
 
 from mcobjectives.evaluation import evaluate
 from mcobjectives_examples.compiling import CompiledLikelihood
+from mcobjectives_examples.files import write_json
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.provenance import provenance
 
@@ -58,7 +58,7 @@ def main() -> None:
         print(f"{row['name']:9} {row['seconds']:7.2f} s  {row['over_products']:.2f} (bar {BAR})")
     if args.out:
         about = {"bar": BAR, "images": args.images, "k": args.k, "rounds": args.rounds}
-        args.out.write_text(json.dumps({**about, "rows": rows, "provenance": provenance()}, indent=1) + "\n")
+        write_json(args.out, {**about, "rows": rows, "provenance": provenance()})
 
 
 if __name__ == "__main__":

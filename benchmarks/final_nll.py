@@ -9,7 +9,6 @@ judged is the mean of the seeds' differences, beside its standard error. The rec
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import tempfile
@@ -23,6 +22,7 @@ from mcobjectives.evaluation import evaluate
 from mcobjectives_examples.cells import test_images
 from mcobjectives_examples.config import Config, canonical
 from mcobjectives_examples.datasets import Dataset, load
+from mcobjectives_examples.files import write_json
 from mcobjectives_examples.precision import set_precision
 from mcobjectives_examples.presets import Preset, get_preset
 from mcobjectives_examples.provenance import provenance
@@ -77,7 +77,7 @@ def main() -> None:
             rows = [row(way, nll, next(iter(found.values()))) for way, nll in found.items()]
             about = {"dataset": args.dataset, "passes": args.passes, "k": args.k, "nll_k": NLL_K}
             if args.out:
-                args.out.write_text(json.dumps({**about, "rows": rows, "provenance": source}, indent=1) + "\n")
+                write_json(args.out, {**about, "rows": rows, "provenance": source})
     for r in rows[1:]:
         print(f"{r['name']}: {r.get('difference', math.nan):+.3f} ± {r.get('stderr', math.nan):.3f} nats")
 

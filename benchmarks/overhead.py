@@ -7,7 +7,6 @@ that of the medians. `--out` records the rows with their provenance.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mcobjectives import IWAE
+from mcobjectives_examples.files import write_json
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.provenance import provenance
 
@@ -85,7 +85,7 @@ def main() -> None:
             f"ratio {rows[-1]['ratio']:.3f}, of first deciles {rows[-1]['ratio_of_first_deciles']:.3f} {bar}"
         )
     if args.out:
-        args.out.write_text(json.dumps({"bars": BARS, "rows": rows, "provenance": provenance()}, indent=1) + "\n")
+        write_json(args.out, {"bars": BARS, "rows": rows, "provenance": provenance()})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ many times faster than a peer as the record's `limit` says, so that no bar above
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from torch import Tensor
 from mcobjectives import IWAE
 from mcobjectives.likelihoods import bernoulli_log_likelihood
 from mcobjectives_examples.engine import Engine, adam_step, flat_adam, make_step
+from mcobjectives_examples.files import write_json
 from mcobjectives_examples.models import Tanh, paper_model
 from mcobjectives_examples.provenance import provenance
 
@@ -196,7 +196,7 @@ def main() -> None:
         Console().print(table(rows[-1]))
         if args.out:
             record = {"rounds": args.rounds, "rows": rows, "provenance": provenance()}
-            args.out.write_text(json.dumps(record, indent=1) + "\n")
+            write_json(args.out, record)
 
 
 if __name__ == "__main__":

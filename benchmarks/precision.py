@@ -18,6 +18,7 @@ from torch import Tensor
 from mcobjectives_examples.cells import test_images
 from mcobjectives_examples.config import Config, canonical
 from mcobjectives_examples.datasets import load
+from mcobjectives_examples.files import write_json
 from mcobjectives_examples.models import PaperModel
 from mcobjectives_examples.precision import products
 from mcobjectives_examples.presets import get_preset
@@ -66,7 +67,7 @@ def main() -> None:
     print(json.dumps(found, indent=1))
     if args.out:
         about = {"dataset": args.dataset, "passes": args.passes, "errors": found, "provenance": provenance()}
-        args.out.write_text(json.dumps(about, indent=1) + "\n")
+        write_json(args.out, about)
 
 
 if __name__ == "__main__":

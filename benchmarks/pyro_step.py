@@ -7,10 +7,8 @@ particles vectorised and Pyro's validation off. The losses of a first step with 
 """
 
 import argparse
-import json
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -24,6 +22,8 @@ from torch import Tensor, nn
 
 from mcobjectives import IWAE
 from mcobjectives.pyro import ObjectiveELBO
+from mcobjectives_examples.files import write_json
+from mcobjectives_examples.provenance import commit, cpu_model
 
 PIXELS, HIDDEN, LATENT = 784, 200, 50
 
@@ -107,24 +107,13 @@ def measure(k: int, batch: int, steps: int) -> dict:
 
 
 def provenance(threads: int) -> dict:
-    def git(*command: str) -> str:
-        found = subprocess.run(["git", *command], capture_output=True, text=True, cwd=Path(__file__).parent)
-        return found.stdout.strip()
-
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        if info.exists()
-        else []
-    )
     return {
         "versions": {
             "python": platform.python_version(),
             **{p: version(p) for p in ("torch", "pyro-ppl", "mcobjectives")},
         },
-        "commit": git("rev-parse", "HEAD")
-        + ("+changes" if git("status", "--porcelain", "--", "../mcobjectives") else ""),
-        "cpu": names[0] if names else platform.processor(),
+        "commit": commit(),
+        "cpu": cpu_model(),
         "threads": threads,
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -149,7 +138,7 @@ def main() -> None:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         record = {"what": "ms a training step, 1L model, SVI", "batch": options.batch, "steps": options.steps}
-        options.out.write_text(json.dumps({**record, **provenance(options.threads), "k": results}, indent=1) + "\n")
+        write_json(options.out, {**record, **provenance(options.threads), "k": results})
 
 
 if __name__ == "__main__":

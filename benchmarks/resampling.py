@@ -8,13 +8,13 @@ and systematic choice are integrated over their one uniform offset, multinomial 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mcobjectives.resampling import select
+from mcobjectives_examples.files import write_json
 from mcobjectives_examples.provenance import provenance
 
 K, OFFSETS, DRAWS, SPREAD = 50, 4000, 50, 3.1
@@ -61,7 +61,7 @@ def main() -> None:
     for row in found:
         print(f"{row['m']:3} {row['multinomial']:12.4f} {row['systematic']:12.4f} {row['threshold']:12.4f}")
     if args.out:
-        args.out.write_text(json.dumps({"rows": found, "provenance": provenance()}, indent=1) + "\n")
+        write_json(args.out, {"rows": found, "provenance": provenance()})
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 
 from mcobjectives_examples.cells import Place
 from mcobjectives_examples.config import Config
+from mcobjectives_examples.files import write_json
 from mcobjectives_examples.presets import configured
 from mcobjectives_examples.provenance import provenance
 from mcobjectives_examples.side_by_side import run_side_by_side
@@ -55,7 +56,7 @@ def main() -> None:
         )
     if args.out:
         record = {"dataset": args.dataset, "rows": rows, "provenance": provenance()}
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(args.out, record)
 
 
 if __name__ == "__main__":

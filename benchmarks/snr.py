@@ -27,6 +27,7 @@ from torch.distributions import Independent, Normal
 
 from mcobjectives import IWAE
 from mcobjectives.diagnostics import gradient_statistics
+from mcobjectives_examples.files import write_json
 from mcobjectives_examples.provenance import provenance
 
 DIMENSIONS, POINTS, PERTURBATION = 20, 1024, 0.01
@@ -171,7 +172,7 @@ def main() -> None:
         record = measure(arguments.k, arguments.draws, arguments.seed)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(arguments.out, record)
     if arguments.plot:
         plot(record, arguments.plot)
     if arguments.json:

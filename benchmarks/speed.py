@@ -27,6 +27,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from mcobjectives_examples.files import write_json
+from mcobjectives_examples.provenance import commit, cpu_model
+
 HERE = Path(__file__).resolve().parent
 PEERS_PYTHON = HERE.parent / ".venv-peers" / "bin" / "python"
 INSTALL = "python -m venv .venv-peers && .venv-peers/bin/pip install -r benchmarks/requirements-peers.txt"
@@ -262,22 +265,12 @@ def table(rows: list[dict], failed: dict[str, str], layers: int, k: int) -> Tabl
 
 
 def provenance(threads: int) -> dict:
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line for line in lines if line.startswith("model name")).split(":", 1)[1].strip()
-
-    def git(*command: str) -> str:
-        try:
-            return subprocess.run(["git", "-C", HERE, *command], capture_output=True, text=True).stdout.strip()
-        except OSError:
-            return ""
-
+    found = commit() or ""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "cpu": cpu,
+        "commit": found.removesuffix("+changes"),
+        "uncommitted_changes": found.endswith("+changes"),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": threads,
         "load_before": round(os.getloadavg()[0], 2),
@@ -344,7 +337,7 @@ def main() -> None:
             if args.out:  # after each, so that a run that is stopped keeps what it has
                 rows.sort(key=lambda row: (row["layers"], row["k"]))
                 args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps({"provenance": source, "rows": rows}, indent=1) + "\n")
+                write_json(args.out, {"provenance": source, "rows": rows})
     if args.json:
         print(json.dumps(rows, indent=1))
 

@@ -7,7 +7,6 @@ the rows with their provenance.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -21,6 +20,7 @@ import torch
 from mcobjectives_examples.config import Config
 from mcobjectives_examples.datasets import Dataset
 from mcobjectives_examples.engine import Engine, make_step, pick_device
+from mcobjectives_examples.files import write_json
 from mcobjectives_examples.presets import get_preset
 from mcobjectives_examples.provenance import provenance
 from mcobjectives_examples.stacking import Stack
@@ -94,7 +94,7 @@ def main() -> None:
             )
     if args.out:
         record = {"device": str(device), "rows": rows, "provenance": provenance()}
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(args.out, record)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from torch import nn
 from mcobjectives.evaluation import evaluate
 from mcobjectives_examples.compiling import CompiledLikelihood
 from mcobjectives_examples.datasets import load
+from mcobjectives_examples.files import write_json
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.presets import get_preset
 
@@ -123,7 +124,7 @@ def main() -> None:
                         print(worker.contestant.name, curve[-1], file=sys.stderr, flush=True)
                 record = summary(curves, args, source, dataset.checksum)
                 if args.out:
-                    args.out.write_text(json.dumps(record, indent=1) + "\n")
+                    write_json(args.out, record)
         finally:
             for worker in workers:
                 worker.close()
