@@ -409,6 +409,11 @@ def test_a_spoilt_checkpoint_is_refused_and_kept(saved, trainer, how):
 
 
 def test_a_mismatch_says_what_differs(saved, trainer):
+    notes = []
+    state = torch.load(saved.checkpoint, weights_only=True)
+    torch.save(state | {"device": "cuda"}, saved.checkpoint)
+    assert trainer(note=notes.append).restore()
+    assert notes == ["the checkpoint is from a run on cuda, this is on cpu: the noise is another"]
     reworded = trainer(preset=dataclasses.replace(TINY, about="in other words"))
     assert reworded.restore()  # a description is no setting
     with pytest.raises(CheckpointError, match=r"differs in objective, seed"):

@@ -82,10 +82,9 @@ class Trainer:
         self.objective = training_objective(config.objective, config.preset)
         self.wanted_engine, self.log, self.note = engine, log, note
         torch.manual_seed(config.seed)
-        self.pixels = dataset.train.to(device)
-        drawn = binarise(self.pixels, config.binarisation, self._generator("once"))  # an unfit protocol raises here
-        if config.binarisation == "once":
-            self.pixels = drawn
+        self.grey = dataset.train
+        drawn = binarise(self.grey, config.binarisation, self._generator("once"))  # an unfit protocol raises here
+        self.pixels = (drawn if config.binarisation == "once" else self.grey).to(device)
         self.model: PaperModel = paper_model(config.layers, dataset.train.mean(0), config.latent).to(device)
         self.optimiser = flat_adam(self.model, self.preset.betas, self.preset.eps)
         self.epoch = self.step = 0
@@ -186,7 +185,7 @@ class Trainer:
         order = self._order()
         pixels = self.pixels
         if self.config.binarisation == "epoch":
-            pixels = binarise(pixels, "epoch", self._generator("epoch", self.epoch))
+            pixels = binarise(self.grey, "epoch", self._generator("epoch", self.epoch)).to(self.device)
         while self.step < self.steps_per_pass:
             rate = self.preset.learning_rate(self.epoch + self.step / self.steps_per_pass)
             set_rate(self.optimiser, rate)
@@ -226,16 +225,16 @@ class Trainer:
         )
 
     def _order(self) -> Tensor:
-        return torch.randperm(len(self.pixels), generator=self._generator("order", self.epoch), device=self.device)
+        return torch.randperm(len(self.pixels), generator=self._generator("order", self.epoch)).to(self.device)
 
     def _batch(self, order: Tensor, step: int, pixels: Tensor | None = None) -> Tensor:
         size = self.preset.batch_size
         return (self.pixels if pixels is None else pixels)[order[step * size : (step + 1) * size]]
 
     def _generator(self, purpose: str, epoch: int = 0) -> torch.Generator:
-        # One stream for each purpose and pass: what is drawn does not depend on where a run was interrupted.
+        # One stream for each purpose and pass, on the CPU: neither an interruption nor the device changes it.
         seed = sum(map(ord, purpose)) + 1_000 * epoch + 1_000_003_000 * self.config.seed
-        return torch.Generator(self.device).manual_seed(seed)
+        return torch.Generator().manual_seed(seed)
 
     # Checkpoints
 
@@ -255,6 +254,7 @@ class Trainer:
                 "seconds": self.seconds,
                 "engine": self.engine.name if self.engine else "",
                 "threads": torch.get_num_threads(),
+                "device": self.device.type,
                 "rng": self.rng,
             },
         )
@@ -277,8 +277,11 @@ class Trainer:
             self.rng = state["rng"]
             self._set_rng_state(self.rng)
             before, now = state["threads"], torch.get_num_threads()
+            device = state.get("device", self.device.type)
         if before != now:
             self.note(f"the checkpoint is from a run on {before} threads, this is on {now}: last digits may differ")
+        if device != self.device.type:
+            self.note(f"the checkpoint is from a run on {device}, this is on {self.device.type}: the noise is another")
         return True
 
     def _rng_state(self) -> dict[str, Tensor]:
