@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -13,10 +13,10 @@ from torch.utils import _pytree as pytree
 
 from mcobjectives.arguments import require_count
 from mcobjectives.model import Latent, ModelError, Samples, has_methods, joined, log_joint, log_weights
+from mcobjectives.pareto import pareto_khat, tail_length
 
 _ROWS_AT_ONCE = {"cpu": 2500, "cuda": 200_000}
 _LOG_WEIGHTS_AT_ONCE = 1000
-_EQUAL = 1e-3
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,6 +38,19 @@ class Evaluation:
     ess: Tensor
     khat: Tensor
     log_p_x_given_h: Tensor | None
+
+    @classmethod
+    def concatenate(cls, parts: Iterable[Evaluation]) -> Evaluation:
+        """The evaluations of parts of the data, by the same k, as one: of a loader's batches, say."""
+        parts = list(parts)
+        ks = sorted({part.k for part in parts})
+        if len(ks) != 1:
+            raise ValueError(f"evaluations to be joined must be of the same k, got {ks or 'none'}")
+        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)[1:]}
+        whole: dict[str, Any] = {
+            n: None if any(part is None for part in c) else torch.cat(c) for n, c in columns.items()
+        }
+        return cls(ks[0], **whole)
 
     @property
     def kl_posterior(self) -> Tensor:
@@ -90,7 +103,7 @@ class Evaluation:
         return f"{type(self).__name__}({means})"
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """The means as plain numbers for JSON; None where there is no finite one."""
+        """The means as plain numbers for JSON, k-hat's over the finite ones; None where there is no finite number."""
         numbers: dict[str, Any] = {
             "points": self.log_likelihood.numel(),
             "k": self.k,
@@ -103,7 +116,7 @@ class Evaluation:
             "kl_prior": None if self.kl_prior is None else self.kl_prior.mean(),
             "ess_mean": self.ess.mean(),
             "ess_min": self.ess.min(),
-            "khat_mean": self.khat.nanmean(),
+            "khat_mean": self.khat[self.khat.isfinite()].mean(),
             "khat_max": self.khat.nan_to_num(-math.inf, posinf=math.inf).max(),
             "khat_unreliable": self.unreliable,
         }
@@ -164,7 +177,7 @@ def evaluate(
             )
         if progress is not None:
             progress(sum(part.elbo.numel() for part in parts))
-    whole = _concatenated(parts)
+    whole = Evaluation.concatenate(parts)
     empty = (whole.log_likelihood == -math.inf).nonzero().flatten()
     if len(empty):
         raise ValueError(
@@ -199,12 +212,6 @@ def _chunks(posterior: Any, k: int, chunk_size: int) -> Iterator[Latent]:
             continue
         for first in range(0, min(span, k - start), chunk_size):
             yield pytree.tree_map(lambda part, i=first: part[i : i + chunk_size], h)
-
-
-def _concatenated(parts: list[Evaluation]) -> Evaluation:
-    columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Evaluation)[1:]}
-    whole: dict[str, Any] = {name: torch.cat(c) if c[0] is not None else None for name, c in columns.items()}
-    return Evaluation(parts[0].k, **whole)
 
 
 class _Running:
@@ -251,50 +258,6 @@ class _Running:
             khat=pareto_khat(self.largest).cpu(),
             log_p_x_given_h=None if self.likelihood is None else (self.likelihood / k).cpu(),
         )
-
-
-def tail_length(k: int) -> int:
-    """How many of k weights make the tail that k-hat is fitted to: min(k / 5, 3 sqrt k), zero where under five."""
-    tail = int(min(k / 5, 3 * math.sqrt(k)))
-    return tail if tail >= 5 else 0
-
-
-def pareto_khat(largest: Tensor) -> Tensor:
-    """Shape of the generalised Pareto distribution of the largest weights, `(tail + 1, batch) -> (batch,)`.
-
-    `largest` holds the largest log-weights in descending order, the last of them the cutoff. Fitted by Zhang & Stephens
-    (2009) with the weak prior of Vehtari et al. (2024). NaN where there is no tail or its weights are equal to a
-    thousandth, infinite where three quarters of them vanish beside the largest.
-
-    Example:
-        >>> import torch
-        >>> uniform = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-        >>> weights = uniform**-0.8  # P(weight > w) = w^(-1 / 0.8)
-        >>> largest = weights.log().topk(tail_length(10_000) + 1).values.unsqueeze(1)
-        >>> round(float(pareto_khat(largest)), 1)
-        0.8
-    """
-    tail = largest.shape[0] - 1
-    if tail < 5:
-        return torch.full_like(largest[0], math.nan)
-    largest = _double(largest)
-    tiny = torch.finfo(largest.dtype).tiny
-    weights = torch.exp(largest - largest[0])
-    excess = (weights[:-1] - weights[-1]).flip(0)  # ascending
-    quartile, top = excess[int(tail / 4 + 0.5) - 1], excess[-1]
-    # With the cutoff, as where h is discrete: among weights of which many count, it is not that they have vanished.
-    many = weights.sum(0).square() / weights.square().sum(0) >= tail / 4
-    tied = (quartile < tiny) & (weights[-1] >= tiny) & many
-    quartile = torch.where(tied, torch.where(excess >= tiny, excess, math.inf).amin(0), quartile)
-    grid = torch.arange(1, 31 + math.isqrt(tail), dtype=excess.dtype, device=excess.device) - 0.5
-    b = (1 - torch.sqrt(len(grid) / grid)).unsqueeze(1) / (3 * quartile) + 1 / top
-    shape = torch.stack([torch.log1p(-row * excess).mean(0) for row in b])
-    posterior = (tail * (torch.log(-b / shape) - shape - 1)).softmax(0)
-    posterior = torch.where(posterior < 10 * torch.finfo(posterior.dtype).eps, 0.0, posterior)
-    b_mean = (b * posterior).sum(0) / posterior.sum(0)
-    khat = (tail * torch.log1p(-b_mean * excess).mean(0) + 10 * 0.5) / (tail + 10)
-    khat = torch.where((quartile < tiny) & (top > 0), math.inf, khat)
-    return torch.where(top < _EQUAL, math.nan, khat)
 
 
 class Activity(NamedTuple):
@@ -437,8 +400,15 @@ def _double(value: Tensor) -> Tensor:
 def _rows_and_device(x: Any) -> tuple[int, torch.device]:
     leaves = pytree.tree_leaves(x)
     lengths = {len(leaf) if isinstance(leaf, Tensor) and leaf.ndim else None for leaf in leaves}
+    strange = {type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)}
+    if strange:
+        raise ValueError(
+            f"x must be a tensor, or a tuple, list or dict of tensors, with one row for each data point, got "
+            f"{', '.join(sorted(strange))}: of a loader evaluate each batch, and join them by Evaluation.concatenate"
+        )
     if len(lengths) != 1 or None in lengths:
-        raise ValueError(f"x must be tensors with one row for each data point, got rows of {lengths or 'nothing'}")
+        found = ", ".join("none" if n is None else str(n) for n in lengths) or "nothing"
+        raise ValueError(f"the tensors of x must have one row for each data point, all of them, got rows of {found}")
     if not len(leaves[0]):
         raise ValueError("x has no data points")
     return len(leaves[0]), leaves[0].device

@@ -23,6 +23,7 @@ from torch.distributions import (
 
 from mcobjectives import IWAE, ModelError, evaluation
 from mcobjectives.evaluation import (
+    Evaluation,
     active_units,
     evaluate,
     layer_activity,
@@ -345,6 +346,36 @@ def test_khat_finds_the_shape_of_a_pareto_tail(shape):
     uniform = torch.rand(50_000, 20, generator=torch.Generator().manual_seed(0), dtype=F64)
     khat = pareto_khat((-shape * uniform.log()).topk(tail_length(50_000) + 1, dim=0).values)
     assert float(khat.mean()) == pytest.approx(shape, abs=0.05)
+
+
+def test_a_khat_that_is_infinite_does_not_hide_the_others():
+    log_w = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+    log_w[:, 1] = torch.arange(1000.0) * 1e3
+    found = of_weights(log_w)
+    assert found.khat.isinf().tolist() == [False, True, False]
+    means = found.to_dict()
+    assert means["khat_mean"] == pytest.approx(float(found.khat[[0, 2]].mean())) and means["khat_max"] is None
+
+
+def test_what_is_no_tensor_is_named_with_the_mend():
+    for x in ([1.0, 2.0], np.zeros(3), torch.utils.data.DataLoader(torch.zeros(3, 1)), (row for row in [1])):
+        with pytest.raises(ValueError, match=r"got \w+: of a loader evaluate each batch"):
+            evaluate(LinearGaussian(), x, k=5)
+    with pytest.raises(ValueError, match="must have one row for each data point, all of them, got rows of 2, 3"):
+        evaluate(LinearGaussian(), [torch.zeros(2, 3), torch.zeros(3, 3)], k=5)
+
+
+def test_evaluations_of_batches_are_joined():
+    x, model = data(5), LinearGaussian(shift=0.3)
+    parts = [evaluate(model, batch, k=30) for batch in x.split(2)]
+    whole = Evaluation.concatenate(iter(parts))
+    for name in ("log_likelihood", "elbo", "ess", "khat"):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
+    assert whole.k == 30 and whole.to_dict()["points"] == len(x)
+    with pytest.raises(ValueError, match=r"must be of the same k, got \[20, 30\]"):
+        Evaluation.concatenate([*parts, evaluate(model, x, k=20)])
+    with pytest.raises(ValueError, match="got none"):
+        Evaluation.concatenate([])
 
 
 def test_khat_where_there_is_none():

@@ -123,7 +123,8 @@ def shape(s: _Subject) -> None:
                     value = s.model.log_likelihood(s.x, h) if name == "log_likelihood" else s.model.log_prior(h)
                     shapes[name] = value.shape
         shapes |= {f"part {i} of h": part.shape[:2] for i, part in enumerate(pytree.tree_leaves(h))}
-        batch = shapes["log q(h | x)"][-1] if batch is None and shapes["log q(h | x)"] else batch
+        if batch is None and len(shapes["log q(h | x)"]) > 1:
+            batch = shapes["log q(h | x)"][1]
         for name, found in shapes.items():
             if tuple(found) != (k, batch):
                 raise Broken(f"{name} has shape {tuple(found)} instead of (k, batch) = ({k}, {batch})")
@@ -298,9 +299,12 @@ def sizes(s: _Subject) -> None:
     single = _log_w(s, one, pytree.tree_map(lambda part: part[:, :1], h))
     first = _log_w(s, s.x, pytree.tree_map(lambda part: part[:1], h))
     for value, part, what in ((single, whole[:, :1], "a batch of one"), (first, whole[:1], "k = 1")):
-        if not _close(value, part).all():
+        close = _close(value, part)
+        if not close.all():
+            i, j = (int(n) for n in (~close).nonzero()[0])
             raise Broken(
-                f"the log-weight of the same sample is {value[0, 0]:.7g} in {what}, {part[0, 0]:.7g} otherwise"
+                f"the log-weight [{i}, {j}] of the same sample is {value[i, j]:.7g} in {what}, and {part[i, j]:.7g} "
+                "otherwise"
             )
 
 
@@ -356,11 +360,16 @@ _PROMISES: _Stage = {
         leak,
         "batch normalisation in training mode, a softmax or mean over axis 0, reshape for transpose",
     ),
-    "sizes": (sizes, "squeeze() without an axis, or batch normalisation in training mode"),
+    "sizes": (
+        sizes,
+        "squeeze() without an axis, batch normalisation in training mode, or x repeated in another order than h is "
+        "flattened (repeat_interleave where expand is meant)",
+    ),
 }
 _PATH: _Stage = {
     "pathwise": (
         pathwise,
-        "detach, .data or no_grad on a part of rsample, or a support of q that moves with its parameters",
+        "detach, .data or no_grad on a part of rsample, straight-through samples, or a support of q that moves with "
+        "its parameters",
     ),
 }
