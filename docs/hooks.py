@@ -1,6 +1,6 @@
 """mkdocs hook: `<!-- generated: NAME -->` in a page becomes what the code and the recorded results say at build time.
 
-No number on the site is copied by hand. What has not been run is said to be "not run".
+No number in a table is copied by hand. What has not been run is said to be "not run".
 """
 
 from __future__ import annotations
@@ -356,7 +356,7 @@ def cli() -> str:
     parts = []
     for name, command in group.commands.items():
         arguments = " ".join(
-            p.name.upper()
+            p.name.upper() if p.required else f"[{p.name.upper()}]..."
             for p in command.params
             if p.param_type_name == "argument"
         )
@@ -370,7 +370,11 @@ def cli() -> str:
 def _option(parameter: Any) -> tuple[str, str, str]:
     names = [*parameter.opts, *parameter.secondary_opts]
     if parameter.param_type_name == "argument":
-        return f"`{parameter.name.upper()}`", "required", parameter.help or ""
+        return (
+            f"`{parameter.name.upper()}`",
+            "required" if parameter.required else "",
+            parameter.help or "",
+        )
     if parameter.required:
         default = "required"
     elif (

@@ -141,7 +141,7 @@ class LAlpha(Objective):
     """L_alpha = E log p(x | h) - alpha KL(q(h | x) || p(h)) (Arnal, Lee & Pezzotti 2021; the beta-VAE's objective).
 
     It is the VAE on log-weights whose term log p(h) - log q(h | x) is weighted by alpha, so the model must give
-    `log_likelihood` and `log_prior` apart. alpha = 1 is the VAE; only there is it a bound that is worth reading.
+    `log_likelihood` and `log_prior` apart. alpha = 1 is the VAE; above it is a looser bound, below none.
 
     Example:
         >>> import torch
