@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from mcobjectives_examples import render
+from mcobjectives_examples import blocks, render
 from mcobjectives_examples.findings import findings
 from mcobjectives_examples.paper import table
 from mcobjectives_examples.records import read, table_runs
@@ -30,12 +30,12 @@ def speed() -> str:
     recorded = json.loads(path.read_text())
     chosen = [row for row in recorded["rows"] if row["layers"] == 1 and row["k"] == 50]
     peers = [row["median_ms"] for row in chosen if row["kind"] == "peer"]
-    lines = ["| step, 1L, k = 50, batch 100 | ms | fastest peer / this |", "| --- | ---: | ---: |"]
-    for row in sorted(chosen, key=lambda row: row["median_ms"]):
-        lines.append(
-            f"| {row['name']} ({row['kind']}) | {row['median_ms']:.1f} | {min(peers) / row['median_ms']:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+    lines = [
+        (f"{row['name']} ({row['kind']})", f"{row['median_ms']:.1f}", f"{min(peers) / row['median_ms']:.2f}")
+        for row in sorted(chosen, key=lambda row: row["median_ms"])
+    ]
+    header = ("step, 1L, k = 50, batch 100", "ms", "fastest peer / this")
+    return blocks.markdown_table(header, lines, right=(1, 2)) + "\n"
 
 
 def main() -> None:

@@ -18,13 +18,13 @@ import measurements
 from measurements import provenance
 
 from mcobjectives_examples import blocks
+from mcobjectives_examples.render import NOT_RUN
 
 log = logging.getLogger("mkdocs.hooks.generated")
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MARKER = re.compile(r"<!-- generated: (\w+) -->")
-NOT_RUN = "not run"
 NEAR = 1.5  # nats: how near to the paper preset short is meant to come
 
 
@@ -258,31 +258,25 @@ def _comparison(rows: Sequence[Any]) -> str:
 # What is installed.
 
 
-def own(group: str) -> list[str]:
-    """This library's names of an entry-point group, whatever else is installed."""
-    from mcobjectives.plugins import distribution, registered
-
-    return [
-        name
-        for name, points in registered(group).items()
-        if distribution(points[0]) == "mcobjectives"
-    ]
-
-
 def objectives() -> str:
     """This library's own objectives: parameters, and which estimators they allow."""
     from mcobjectives import get_objective
     from mcobjectives.catalogue import catalogue
     from mcobjectives.plugins import ESTIMATORS
+    from mcobjectives.testing.estimators import own_names
 
-    header = ("name", "parameters", *(f"`{name}`" for name in own(ESTIMATORS)))
+    header = (
+        "name",
+        "parameters",
+        *(f"`{name}`" for name in own_names(ESTIMATORS)),
+    )
     lines = []
     for entry in catalogue():
         if entry.package == "mcobjectives":
             label = f"[`{entry.name}`](api/index.md#mcobjectives.{get_objective(entry.name).__name__})"
             allowed = (
                 "yes" if name in entry.estimators else "refused"
-                for name in own(ESTIMATORS)
+                for name in own_names(ESTIMATORS)
             )
             lines.append((label, f"`{entry.parameters}`", *allowed))
     return blocks.markdown_table(header, lines)

@@ -14,7 +14,7 @@ from torch.func import functionalize
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mcobjectives.model import generators_at, rng_state
+from mcobjectives.context import generators_at, rng_state
 from mcobjectives_examples.memory import keep_freed_memory
 
 SECONDS_TO_COMPILE = 40.0

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FORMATS = (".png", ".svg")
+FORMATS = {".png": "image/png", ".svg": "image/svg+xml"}
+"""The files that are drawn, by their suffix, and what they are to a browser."""
 
 
 def require_drawing(path: Path) -> None:

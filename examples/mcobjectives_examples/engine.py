@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.adam import adam
 
-from mcobjectives.model import generators_at, rng_state
+from mcobjectives.context import generators_at, rng_state
 from mcobjectives.objective import Objective
 from mcobjectives_examples.compiling import SECONDS_TO_COMPILE, compile_whole, compiler_failure
 from mcobjectives_examples.memory import keep_freed_memory, require_memory

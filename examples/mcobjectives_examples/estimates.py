@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
+from mcobjectives.context import generators_at, rng_state
 from mcobjectives.evaluation import evaluate
-from mcobjectives.model import generators_at, rng_state
 from mcobjectives_examples.cells import test_images
 from mcobjectives_examples.config import Config, training_objective
 from mcobjectives_examples.datasets import Dataset

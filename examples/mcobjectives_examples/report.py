@@ -11,6 +11,7 @@ from typing import Any
 
 from mcobjectives_examples import checkpoints, curves, render
 from mcobjectives_examples.blocks import Block, Bullets, Picture, Section, Text, markdown_page
+from mcobjectives_examples.drawing import FORMATS, record_path
 from mcobjectives_examples.figures import FIGURES, Figure
 from mcobjectives_examples.files import write_atomically
 from mcobjectives_examples.findings import findings
@@ -18,8 +19,6 @@ from mcobjectives_examples.metrics import metric_tables, unreliable
 from mcobjectives_examples.paper import paper, table
 from mcobjectives_examples.protocols import protocol_blocks
 from mcobjectives_examples.records import Records, TableRun, missing, read, table_runs
-
-IMAGES = {".png": "image/png", ".svg": "image/svg+xml"}
 
 
 def write_report(folder: Path, out: Path) -> list[Path]:
@@ -100,14 +99,14 @@ def _summary(records: Records, runs: Sequence[TableRun], drawings: Sequence[Pict
 def pictures(folder: Path, linked: bool = True) -> Iterator[Picture]:
     """The figures that a folder holds with their records; `linked` images are beside the page."""
     for path in sorted(folder.iterdir()):
-        record = path.with_name(f"{path.name}.json")
-        if path.suffix in IMAGES and record.is_file():
+        record = record_path(path)
+        if path.suffix in FORMATS and record.is_file():
             found = checkpoints.read_json(record)
             with checkpoints.readable(record):
                 title, caption, alt = found["title"], found["caption"], found["alt"]
                 source = render.sources([found["provenance"]])
             encoded = base64.b64encode(path.read_bytes()).decode()
-            uri = f"data:{IMAGES[path.suffix]};base64,{encoded}"
+            uri = f"data:{FORMATS[path.suffix]};base64,{encoded}"
             yield Picture(title, f"{caption} {source}", alt, uri, path.name if linked else "")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.fx import Graph, GraphModule, Node
 
-from mcobjectives.model import generators_at, rng_state
+from mcobjectives.context import generators_at, rng_state
 from mcobjectives_examples.compiling import compile_whole, functional_graph, is_random
 from mcobjectives_examples.config import Config
 from mcobjectives_examples.engine import (
