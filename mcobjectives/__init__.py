@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mcobjectives.estimators import Weights
-    from mcobjectives.model import Model, ModelError, Posterior, parameterless
+    from mcobjectives.model import Model, ModelError, Posterior
     from mcobjectives.objective import BoundObjective, Objective
     from mcobjectives.objectives import CIWAE, IWAE, MIWAE, VAE, LAlpha, Median, Power, Split
     from mcobjectives.plugins import PluginError, estimator_names, get_estimator, get_objective, objective_names
+    from mcobjectives.sampling import parameterless
 
 __version__ = "0.1.0"
 
@@ -37,9 +38,10 @@ __all__ = [
 
 _HOME = {
     "estimators": ("Weights",),
-    "model": ("Model", "ModelError", "Posterior", "parameterless"),
+    "model": ("Model", "ModelError", "Posterior"),
     "objective": ("BoundObjective", "Objective"),
     "objectives": ("CIWAE", "IWAE", "MIWAE", "VAE", "LAlpha", "Median", "Power", "Split"),
+    "sampling": ("parameterless",),
     "plugins": ("PluginError", "estimator_names", "get_estimator", "get_objective", "objective_names"),
 }
 _MODULE_OF = {name: f"mcobjectives.{module}" for module, names in _HOME.items() for name in names}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
 
-from mcobjectives.model import Density, Latent, ModelError, has_methods, may_synchronise
+from mcobjectives.context import may_synchronise
+from mcobjectives.model import Density, Latent, ModelError, has_methods
 
 
 def expected_log_ratio(model: Any, posterior: Any) -> Density:

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mcobjectives.arguments import require_count
-from mcobjectives.model import ModelError, check_differentiable, generators_at, has_rsample, is_discrete, rng_state
+from mcobjectives.context import generators_at, rng_state
+from mcobjectives.model import ModelError
 from mcobjectives.objective import Objective
+from mcobjectives.sampling import check_differentiable, has_rsample, is_discrete
 
 Loss = Callable[[Any, Any], Tensor]
 """An objective, or any function (model, x) -> scalar loss."""

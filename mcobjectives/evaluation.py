@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mcobjectives.arguments import require_count
-from mcobjectives.model import Latent, ModelError, Samples, has_methods, joined, log_joint, log_weights
+from mcobjectives.model import Latent, ModelError, has_methods, joined, log_joint, log_weights
 from mcobjectives.pareto import pareto_khat, tail_length
+from mcobjectives.sampling import Samples
 
 _ROWS_AT_ONCE = {"cpu": 2500, "cuda": 200_000}
 _LOG_WEIGHTS_AT_ONCE = 1000

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from mcobjectives.model import at_least_float32, is_transformed
+from mcobjectives.context import is_transformed
+from mcobjectives.model import at_least_float32
 
 _BLOCK = 160_000
 _GROUP = 16  # a product of 16 factors, each in (1, 2], stays far inside float32

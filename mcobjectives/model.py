@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from mcobjectives.context import may_synchronise
 
 Latent = Any
 """A tensor, or a tuple, list or dict of tensors, each `(k, batch, ...)`."""
@@ -124,30 +124,6 @@ def at_least_float32(log_p: Tensor) -> Tensor:
     return log_p.float() if log_p.dtype in (torch.bfloat16, torch.float16) else log_p
 
 
-def has_rsample(posterior: Any) -> bool:
-    return has_methods(posterior, "rsample") and getattr(posterior, "has_rsample", True)
-
-
-def is_discrete(posterior: Any) -> bool:
-    """Whether h takes discrete values: a gradient through its samples is then straight-through, not q's."""
-    return bool(getattr(_support(posterior), "is_discrete", False))
-
-
-def moving_support(posterior: Any) -> bool:
-    """Whether the values that h can take depend on parameters of q, as a Uniform's do."""
-    support = _support(posterior)
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    return any(isinstance(bound, Tensor) and bound.requires_grad for bound in getattr(support, "__dict__", {}).values())
-
-
-def _support(posterior: Any) -> Any:
-    try:
-        return getattr(posterior, "support", None)
-    except NotImplementedError:  # of torch distributions that know none
-        return None
-
-
 def log_weights(log_p: Tensor, log_q: Tensor, expected_k: int) -> Tensor:
     """log p - log q, once both are known to be `(k, batch)`, on one device, and free of NaN and +inf."""
     for name, value in (("log p(x, h)", log_p), ("log q(h | x)", log_q)):
@@ -173,27 +149,6 @@ def log_weights(log_p: Tensor, log_q: Tensor, expected_k: int) -> Tensor:
     return log_w
 
 
-def may_synchronise(value: Tensor) -> bool:
-    """Whether the host may look at the numbers: not while a compiler traces or a CUDA graph is captured."""
-    if torch.compiler.is_compiling() or is_transformed(value):
-        return False
-    return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def is_transformed(value: Tensor) -> bool:
-    """Whether a transform of torch.func, vmap or grad, runs on the value; a tracing compiler sees to its own."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(value)
-
-
-def refuse_transforms(h: Latent) -> None:
-    """Raise under a transform of torch.func, which cannot go where the backward pass evaluates densities again."""
-    if any(map(is_transformed, pytree.tree_leaves(h))):
-        raise RuntimeError(
-            "gradient='stl' and 'dreg', chunk_size and Split do not go with torch.func transforms: use "
-            "torch.autograd.grad, or gradient='reparam', 'score', 'vimco' or 'rws' without chunk_size"
-        )
-
-
 def _describe_bad(log_p: Tensor, log_q: Tensor) -> str:
     found = []
     for name, value, infinity, sign in (
@@ -209,133 +164,3 @@ def _describe_bad(log_p: Tensor, log_q: Tensor) -> str:
     if not found or both:
         found.append(f"log p - log q is undefined at {both} samples where both are -inf")
     return "NaN or +inf log-weights: " + "; ".join(found)
-
-
-class Samples:
-    """The k samples of a posterior as a stream that can be drawn again, slice by slice, with the same numbers.
-
-    The stream is cut in blocks of a fixed size, so the numbers depend on the seed and k alone, not on how the caller
-    slices. Only `replay=True` remembers the generator's state before each block: all are drawn once in advance, so that
-    a slice drawn again leaves the generator where the first time did, and a dropout in the model repeats itself too.
-    """
-
-    BLOCK = 50
-
-    def __init__(self, posterior: Any, k: int, *, pathwise: bool, replay: bool = False) -> None:
-        if pathwise and not has_rsample(posterior):
-            raise ModelError(
-                f"a pathwise gradient needs rsample, which {type(posterior).__name__} does not have: "
-                'use gradient="score" or "vimco"'
-            )
-        if not (has_rsample(posterior) or has_methods(posterior, "sample")):
-            raise ModelError(f"the posterior {type(posterior).__name__} has neither sample nor rsample")
-        require(posterior, "an objective", "log_prob")
-        self.posterior, self.k, self.pathwise = posterior, k, pathwise
-        self.attach = posterior.attach if pathwise and has_methods(posterior, "attach") else None
-        self._states: list[Any] = []
-        if replay:
-            for b in range(-(-k // self.BLOCK)):
-                self._states.append(rng_state())
-                with torch.no_grad():
-                    self._sample(self._size(b))
-            cast_anew()
-
-    def draw(self, start: int = 0, stop: int | None = None) -> Latent:
-        """Samples `start` to `stop`: `(stop - start, batch, ...)`, differentiable where the stream is pathwise."""
-        stop = self.k if stop is None else stop
-        first, last = start // self.BLOCK, (stop - 1) // self.BLOCK
-        blocks = [self._block(b) for b in range(first, last + 1)]
-        whole = blocks[0] if len(blocks) == 1 else pytree.tree_map(lambda *parts: torch.cat(parts), *blocks)
-        offset = first * self.BLOCK
-        if start == offset and (stop == self.k or stop % self.BLOCK == 0):
-            return whole
-        return pytree.tree_map(lambda part: part[start - offset : stop - offset], whole)
-
-    def _size(self, b: int) -> int:
-        return min(self.BLOCK, self.k - b * self.BLOCK)
-
-    def _block(self, b: int) -> Latent:
-        if not self._states:
-            return self._sample(self._size(b))
-        with generators_at(self._states[b]):
-            return self._sample(self._size(b))
-
-    def _sample(self, n: int) -> Latent:
-        shape = torch.Size((n,))
-        if self.pathwise:
-            return self.posterior.rsample(shape)
-        with torch.no_grad():  # rsample where there is one, so that every estimator sees the same numbers for a seed
-            h = (self.posterior.rsample if has_rsample(self.posterior) else self.posterior.sample)(shape)
-        cast_anew()
-        return h
-
-
-def check_differentiable(h: Latent, log_q: Tensor) -> None:
-    """Raise where q has parameters that samples do not depend on: their pathwise gradient would be lost."""
-    if not (torch.is_grad_enabled() and log_q.requires_grad):
-        return
-    parts = pytree.tree_leaves(h)
-    lost = [i for i, part in enumerate(parts) if not part.requires_grad]
-    if lost:
-        raise ModelError(
-            f"part(s) {lost} of h ({len(parts)} in all) carry no gradient, though log q(h | x) has parameters: "
-            'a pathwise gradient would be wrong; use gradient="score" or "vimco" (discrete or mixed latents); '
-            "a layer to be frozen is left out of the optimiser, with requires_grad as it is; those of a layer without "
-            "parameters are marked by mcobjectives.parameterless(h)"
-        )
-
-
-def parameterless(h: Tensor) -> Tensor:
-    """h, marked as samples of a layer of q that has no parameters, so that no path through them can be lost.
-
-    For `rsample` of a q that draws a part of h from a fixed distribution, beside others that have parameters: freshly
-    drawn samples, outside transforms of torch.func.
-
-    Example:
-        >>> noise = parameterless(torch.randn(5, 3, 2))
-        >>> noise.requires_grad, noise.is_leaf
-        (True, True)
-    """
-    if not h.is_floating_point():
-        raise ModelError(f"parameterless(h) needs floating-point samples, got {h.dtype}: cast them, h.float()")
-    if torch.is_grad_enabled():
-        h.requires_grad_()
-    h.parameterless = True  # type: ignore[attr-defined]
-    return h
-
-
-@contextmanager
-def generators_at(state: Any) -> Iterator[None]:
-    """Inside, torch's generators go on from a `rng_state()`; afterwards from where they were."""
-    now = rng_state()
-    set_rng_state(state)
-    try:
-        yield
-    finally:
-        set_rng_state(now)
-
-
-def cast_anew() -> None:
-    """After networks were evaluated without a graph: let autocast forget the parameters that it has cast.
-
-    torch 2.9 hands those casts to code with a graph, where the parameters' gradient is then lost.
-    """
-    if not torch.compiler.is_compiling():
-        torch.clear_autocast_cache()
-
-
-def rng_state() -> tuple[Tensor, Tensor | None]:
-    on_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if on_cuda else None
-
-
-def same_state(before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None]) -> bool:
-    return all(
-        a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in zip(before, after, strict=True)
-    )
-
-
-def set_rng_state(state: tuple[Tensor, Tensor | None]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1])

@@ -16,28 +16,13 @@ from torch.utils.checkpoint import checkpoint
 from mcobjectives import plugins
 from mcobjectives.analytic import expected_log_ratio
 from mcobjectives.arguments import require_count, require_number
+from mcobjectives.context import cast_anew, generators_at, may_synchronise, refuse_transforms, rng_state, same_state
 from mcobjectives.derivatives import curvatures, curved, leave_one_out, reduced, slopes, slopes_jump, slopes_vary
 from mcobjectives.estimators import Weights, warn_once
-from mcobjectives.model import (
-    Density,
-    Latent,
-    ModelError,
-    Samples,
-    cast_anew,
-    check_differentiable,
-    generators_at,
-    has_rsample,
-    is_discrete,
-    log_joint,
-    may_synchronise,
-    moving_support,
-    refuse_transforms,
-    require,
-    rng_state,
-    same_state,
-)
+from mcobjectives.model import Density, Latent, ModelError, log_joint, require
 from mcobjectives.replay import replayed, require_unchanged
 from mcobjectives.resampling import select
+from mcobjectives.sampling import Samples, check_differentiable, has_rsample, is_discrete, moving_support
 from mcobjectives.surrogate import PLAIN, Plan, Ratio, plan_of, terms, with_value
 
 _JUMPS: dict[tuple[Any, ...], bool] = {}
@@ -254,13 +239,7 @@ class Objective(ABC):
         if samples.attach is not None:  # only what is chosen needs a graph
             samples.pathwise = False
         h = samples.draw() if self.chunk_size is None else None
-        if h is None:
-            log_w = self._log_weights(samples, log_p, log_q)
-        else:
-            with torch.no_grad():
-                fixed = pytree.tree_map(torch.Tensor.detach, h)
-                log_w = terms(PLAIN, log_p, log_q, fixed, self.k, self.tempering, Ratio()).log_w
-            cast_anew()
+        log_w = self._log_weights(samples, log_p, log_q) if h is None else self._numbers(log_p, log_q, h, self.k)
         bound = self._reduce_checked(log_w)
         with torch.no_grad():
             arrays = self.weights(log_w)
@@ -280,14 +259,19 @@ class Objective(ABC):
         kept = terms(self._plan, log_p, log_q, chosen, m, self.tempering, ratio)
         if before is not None and not same_state(before, rng_state()):
             # A dropout, perhaps, whose change passes for rounding beside log p(x, h); or a thread that loads data.
-            with torch.no_grad():
-                fixed = pytree.tree_map(torch.Tensor.detach, chosen)
-                again = terms(PLAIN, log_p, log_q, fixed, m, self.tempering, Ratio()).log_w
-            cast_anew()
+            again = self._numbers(log_p, log_q, chosen, m)
             require_unchanged(again, kept.log_w, what, tolerance=1e-6 if again.dtype == torch.float32 else 1e-10)
         # Loosely: in half precision m rows are not multiplied as k rows are, to the last of their few bits.
         require_unchanged(kept.log_w, log_w.gather(0, index), what, tolerance=1e-2)
         return with_value(kept.weighted_sum(weights), bound)
+
+    def _numbers(self, log_p: Density, log_q: Density, h: Latent, k: int) -> Tensor:
+        """The log-weights of given samples, `(k, batch)`, without a graph."""
+        with torch.no_grad():
+            fixed = pytree.tree_map(torch.Tensor.detach, h)
+            log_w = terms(PLAIN, log_p, log_q, fixed, k, self.tempering, Ratio()).log_w
+        cast_anew()
+        return log_w
 
     def _redraw(self, samples: Samples, index: Tensor) -> Latent:
         """The chosen samples, `(m, batch, ...)`, drawn again chunk by chunk."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mcobjectives.model import may_synchronise, refuse_transforms
+from mcobjectives.context import may_synchronise, refuse_transforms
 
 Share = Callable[[int], Tensor]
 """i -> the share of chunk i in S for each data point, `(batch,)`; the same numbers whenever it is called."""

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from mcobjectives.context import refuse_transforms
 from mcobjectives.estimators import Weights
-from mcobjectives.model import Density, Latent, check_differentiable, log_weights, refuse_transforms
+from mcobjectives.model import Density, Latent, log_weights
 from mcobjectives.replay import autocast_as_now, require_no_parameters, require_unchanged, zeros_once
+from mcobjectives.sampling import check_differentiable
 
 
 @dataclass(frozen=True)

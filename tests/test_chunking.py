@@ -29,9 +29,9 @@ from toys import (
 
 import mcobjectives.objective
 from mcobjectives import CIWAE, IWAE, MIWAE, VAE, LAlpha, Median, ModelError, Objective, Power, Split, parameterless
-from mcobjectives.model import Samples
 from mcobjectives.reductions import effective_sample_size
 from mcobjectives.resampling import inclusion_probabilities, select
+from mcobjectives.sampling import Samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:gradient='stl' is biased")
 

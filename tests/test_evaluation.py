@@ -33,8 +33,8 @@ from mcobjectives.evaluation import (
     posterior_means,
     tail_length,
 )
-from mcobjectives.model import Samples
 from mcobjectives.reductions import effective_sample_size, log_mean_exp
+from mcobjectives.sampling import Samples
 
 F64 = torch.float64
 CHUNKS = (1, 7, 49, 50, 51, 99, 100, 130, 999, 1234, 5000)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mcobjectives.model import ModelError, rng_state, same_state
+from mcobjectives.context import rng_state, same_state
+from mcobjectives.model import ModelError
 from mcobjectives.pyro.programs import Layout, Recorder, Site
 from mcobjectives.pyro.structure import Structure, check_guide, check_matched, check_random, inspect
 

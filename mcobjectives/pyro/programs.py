@@ -15,7 +15,9 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from mcobjectives.model import ModelError, parameterless, rng_state, set_rng_state
+from mcobjectives.context import rng_state, set_rng_state
+from mcobjectives.model import ModelError
+from mcobjectives.sampling import parameterless
 
 
 class Site(NamedTuple):

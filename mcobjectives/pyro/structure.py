@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 
-from mcobjectives.model import ModelError, rng_state, set_rng_state
+from mcobjectives.context import rng_state, set_rng_state
+from mcobjectives.model import ModelError
 from mcobjectives.pyro.programs import Recorder, Site, check_declared, common_plates, is_factor
 
 

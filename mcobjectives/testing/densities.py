@@ -10,18 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mcobjectives.model import Latent, has_rsample
+from mcobjectives.model import Latent
+from mcobjectives.reductions import effective_sample_size
+from mcobjectives.sampling import draw, has_rsample
 from mcobjectives.testing.report import Broken, Unchecked
 
 LARGEST_Z = 6.0
 _REPLICATES, _SAMPLES, _DIRECTIONS = 48, 64, 4
 _DRAWS = 4000
-
-
-def draw(posterior: Any, k: int) -> Latent:
-    """k samples for each data point, `(k, batch, ...)`, without a graph."""
-    with torch.no_grad():
-        return (posterior.rsample if has_rsample(posterior) else posterior.sample)(torch.Size((k,)))
 
 
 def trainable(model: Any) -> dict[str, Tensor]:
@@ -145,8 +141,8 @@ def _continuous_mass(h: Tensor, log_q: Tensor, what: str) -> str:
         return "the support of q looks bounded"
     identity = torch.eye(dims, dtype=h.dtype)
     ratios = [_normal(z[half:], f) - scale.log().sum() - log_q[half:] for f in (identity, factor)]
-    log_ratio = max(ratios, key=_effective)
-    if _effective(log_ratio) < 0.2 * half:
+    log_ratio = max(ratios, key=effective_sample_size)
+    if effective_sample_size(log_ratio) < 0.2 * half:
         return "q is too far from a Gaussian"
     ratio = log_ratio.exp()
     mean, error = float(ratio.mean()), float(ratio.std()) / math.sqrt(half)
@@ -167,7 +163,3 @@ def _normal(z: Tensor, factor: Tensor) -> Tensor:
 def _normal_tails(z: Tensor) -> Tensor:
     """The mass of N(0, 1) beyond the range of the samples, `(dims,)`: small unless the support is bounded."""
     return torch.special.ndtr(z.amin(0)) + torch.special.ndtr(-z.amax(0))
-
-
-def _effective(log_ratio: Tensor) -> float:
-    return float(torch.exp(2 * log_ratio.logsumexp(0) - (2 * log_ratio).logsumexp(0)))

@@ -1,4 +1,4 @@
-"""What a model promises: log-densities of the right shape that belong to its samples, data point by data point."""
+"""`check_model`: whether a model keeps what `model_promises` has one by one, on a copy, from seeds."""
 
 from __future__ import annotations
 
@@ -6,27 +6,13 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from mcobjectives.model import Latent, has_methods, has_rsample
-from mcobjectives.model import log_joint as density_of
-from mcobjectives.objectives import IWAE
-from mcobjectives.testing.densities import draw, normalisation, pathwise_identity, score_identity, trainable
-from mcobjectives.testing.report import Broken, Finding, Unchecked, find, verdict
-
-
-class _Subject(NamedTuple):
-    """A copy of the model, with its data and the sizes to try it at."""
-
-    model: Any
-    copied: bool
-    x: Any
-    k: int
-    seed: int
+from mcobjectives.testing import model_promises as promises
+from mcobjectives.testing.model_promises import Subject
+from mcobjectives.testing.report import Finding, find, verdict
 
 
 def check_model(model: Any, x: Any, *, k: int = 4, seed: int = 0) -> list[Finding]:
@@ -74,7 +60,7 @@ def model_findings(model: Any, x: Any, *, k: int = 4, seed: int = 0) -> list[Fin
             for name, (check, cause) in stage.items():
                 torch.manual_seed(seed)
                 with _copied(model) as (twin, copied):
-                    subject = _Subject(twin, copied, x=x, k=k, seed=seed)
+                    subject = Subject(twin, copied, x=x, k=k, seed=seed)
                     findings.append(find(name, cause, lambda s=subject, check=check: check(s)))  # type: ignore[misc]
             if any(f.passed is False for f in findings):
                 break
@@ -95,280 +81,58 @@ def _copied(model: Any) -> Iterator[tuple[Any, bool]]:
         yield twin, True
 
 
-def _log_w(s: _Subject, x: Any, h: Latent) -> Tensor:
-    """The log-weights of given samples, `(k, batch)`."""
-    with torch.no_grad():
-        return density_of(s.model, x)(h) - s.model.posterior(x).log_prob(h)
-
-
-# Form.
-
-
-def methods(s: _Subject) -> None:
-    posterior = s.model.posterior(s.x)
-    density_of(s.model, s.x)
-    if not has_methods(posterior, "log_prob") or not (has_methods(posterior, "sample") or has_rsample(posterior)):
-        raise Broken(f"posterior(x) is a {type(posterior).__name__} without log_prob, or without sample and rsample")
-
-
-def shape(s: _Subject) -> None:
-    batch = None
-    for k in (s.k, 1):
-        posterior = s.model.posterior(s.x)
-        h = draw(posterior, k)
-        with torch.no_grad():
-            shapes = {"log q(h | x)": posterior.log_prob(h).shape, "log p(x, h)": density_of(s.model, s.x)(h).shape}
-            for name in ("log_likelihood", "log_prior"):
-                if has_methods(s.model, "log_likelihood", "log_prior"):
-                    value = s.model.log_likelihood(s.x, h) if name == "log_likelihood" else s.model.log_prior(h)
-                    shapes[name] = value.shape
-        shapes |= {f"part {i} of h": part.shape[:2] for i, part in enumerate(pytree.tree_leaves(h))}
-        if batch is None and len(shapes["log q(h | x)"]) > 1:
-            batch = shapes["log q(h | x)"][1]
-        for name, found in shapes.items():
-            if tuple(found) != (k, batch):
-                raise Broken(f"{name} has shape {tuple(found)} instead of (k, batch) = ({k}, {batch})")
-
-
-def finite(s: _Subject) -> None:
-    posterior = s.model.posterior(s.x)
-    h = draw(posterior, 50)
-    with torch.no_grad():
-        for name, value in {"log q(h | x)": posterior.log_prob(h), "log p(x, h)": density_of(s.model, s.x)(h)}.items():
-            bad = int((~torch.isfinite(value)).sum())
-            if bad:
-                raise Broken(f"{name} is NaN or infinite at {bad} of {value.numel()} samples from q")
-
-
-# Densities.
-
-
-def log_joint(s: _Subject) -> None:
-    if not has_methods(s.model, "log_joint", "log_likelihood", "log_prior"):
-        raise Unchecked("the model gives log p(x, h) in one way only")
-    h = draw(s.model.posterior(s.x), s.k)
-    with torch.no_grad():
-        whole, parts = s.model.log_joint(s.x, h), s.model.log_likelihood(s.x, h) + s.model.log_prior(h)
-    if not torch.allclose(whole, parts, rtol=1e-4, atol=1e-4):
-        raise Broken(f"log_joint is {whole[0, 0]:.7g}, log_likelihood + log_prior {parts[0, 0]:.7g}")
-
-
-# Gradients, leaks, sizes, seeds.
-
-
-def score(s: _Subject) -> None:
-    score_identity(s.model, s.x, s.seed)
-
-
-def pathwise(s: _Subject) -> None:
-    pathwise_identity(s.model, s.x, s.seed)
-
-
-def normalised(s: _Subject) -> None:
-    normalisation(s.model.posterior(s.x))
-
-
-def gradients(s: _Subject) -> None:
-    parameters = trainable(s.model)
-    if not parameters:
-        raise Unchecked("the model is not an nn.Module with parameters")
-    generator = torch.Generator().manual_seed(s.seed)
-    with torch.no_grad():  # a layer that starts at zero would hide those before it
-        for p in parameters.values() if s.copied else ():
-            p += 0.01 * torch.randn(p.shape, generator=generator).to(p)
-    pathwise = has_rsample(s.model.posterior(s.x))
-    loss = IWAE(k=max(s.k, 2), gradient="reparam" if pathwise else "vimco")(s.model, s.x)
-    if not loss.requires_grad:
-        raise Broken("the loss depends on no parameter")
-    grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    found = dict(zip(parameters, grads, strict=True))
-    lost = [name for name, g in found.items() if g is None or not bool((g != 0).any())]
-    if lost:
-        raise Broken(f"no gradient reaches {len(lost)} of {len(parameters)} parameters: {', '.join(lost[:8])}")
-    bad = [name for name, g in found.items() if g is not None and not bool(torch.isfinite(g).all())]
-    if bad:
-        raise Broken(f"the gradient is NaN or infinite at {', '.join(bad[:8])}")
-    if pathwise and has_methods(s.model.posterior(s.x), "attach"):
-        _attaches(s, parameters)
-
-
-def _attaches(s: _Subject, parameters: dict[str, Tensor]) -> None:
-    """What `posterior.attach` gives are the samples, with the gradient of those that are drawn."""
-    posterior = s.model.posterior(s.x)
-    drawn = posterior.rsample(torch.Size((s.k,)))
-    attached = posterior.attach(pytree.tree_map(Tensor.detach, drawn))
-    grads = []
-    for h in (drawn, attached):
-        torch.manual_seed(s.seed)
-        total = sum((torch.randn_like(part) * part).sum() for part in pytree.tree_leaves(h))
-        grads.append(torch.autograd.grad(total, list(parameters.values()), retain_graph=True, allow_unused=True))
-    for one, other in zip(pytree.tree_leaves(drawn), pytree.tree_leaves(attached), strict=True):
-        if not _close(one, other).all():
-            raise Broken("posterior.attach(h) moves the samples h")
-    for name, expected, found in zip(parameters, *grads, strict=True):
-        zero = torch.zeros_like(parameters[name])
-        expected, found = zero if expected is None else expected, zero if found is None else found
-        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()) + 1e-6):
-            raise Broken(
-                f"the gradient of posterior.attach(h) to {name} is not that of rsample: "
-                f"{float(found.flatten()[0]):.4g}, expected {float(expected.flatten()[0]):.4g} in its first place"
-            )
-
-
-def _batch(s: _Subject) -> int:
-    with torch.no_grad():
-        posterior = s.model.posterior(s.x)
-        batch = posterior.log_prob(draw(posterior, 1)).shape[1]
-    leaves = pytree.tree_leaves(s.x)
-    if not all(isinstance(part, Tensor) and part.ndim and part.shape[0] == batch for part in leaves) or not leaves:
-        raise Unchecked("x is not made of tensors with the batch first, so that data points cannot be exchanged")
-    return batch
-
-
-def _replaced(value: Any, axis: int, at: int) -> Any:
-    """The value with place `at` of an axis overwritten by the next one (or the one before)."""
-
-    def change(part: Tensor) -> Tensor:
-        part = part.clone()
-        other = at + 1 if at + 1 < part.shape[axis] else at - 1
-        part.select(axis, at).copy_(part.select(axis, other))
-        return part
-
-    return pytree.tree_map(change, value)
-
-
-def leak(s: _Subject) -> None:
-    batch, k = _batch(s), max(s.k, 2)
-    if batch < 2:
-        raise Unchecked("needs a batch of at least two data points")
-    h = draw(s.model.posterior(s.x), k)
-    torch.manual_seed(s.seed)
-    before = _log_w(s, s.x, h)
-    again = _again(s, h)
-    if not _close(before, again).all():
-        raise Unchecked("log-weights of the same samples differ from call to call (dropout?)")
-    everything = torch.ones_like(before, dtype=torch.bool)
-    for j in {0, batch - 1}:
-        column = everything.clone()
-        column[:, j] = False
-        for what, x, changed in (
-            ("x", _replaced(s.x, 0, j), h),
-            ("h", s.x, _replaced(h, 1, j)),
-        ):
-            torch.manual_seed(s.seed)
-            _untouched(before, _log_w(s, x, changed), column, f"changing {what} of data point {j}", "data point")
-    row = everything.clone()
-    row[0] = False
-    torch.manual_seed(s.seed)
-    _untouched(before, _log_w(s, s.x, _replaced(h, 0, 0)), row, "changing sample 0", "sample")
-
-
-def _again(s: _Subject, h: Latent) -> Tensor:
-    torch.manual_seed(s.seed + 1)
-    return _log_w(s, s.x, h)
-
-
-def _close(a: Tensor, b: Tensor) -> Tensor:
-    if a.shape != b.shape:
-        raise Broken(f"log-weights of shape {tuple(a.shape)} where {tuple(b.shape)} are expected")
-    return torch.isclose(a, b, rtol=1e-4, atol=1e-4)
-
-
-def _untouched(before: Tensor, after: Tensor, others: Tensor, what: str, unit: str) -> None:
-    moved = ~_close(before, after) & others
-    if moved.any():
-        i, j = (int(n) for n in moved.nonzero()[0])
-        raise Broken(
-            f"{what} moves the log-weight of another {unit}, [{i}, {j}], from {before[i, j]:.7g} to {after[i, j]:.7g} "
-            f"({int(moved.sum())} log-weights in all)"
-        )
-
-
-def sizes(s: _Subject) -> None:
-    batch = _batch(s)
-    one = pytree.tree_map(lambda part: part[:1], s.x)
-    for k, x, expected in ((1, s.x, batch), (s.k, one, 1), (1, one, 1)):
-        found = IWAE(k=k).bound(s.model, x)
-        if found.shape != (expected,):
-            raise Broken(f"k = {k} and a batch of {expected} give a bound of shape {tuple(found.shape)}")
-    h = draw(s.model.posterior(s.x), s.k)
-    torch.manual_seed(s.seed)
-    whole, again = _log_w(s, s.x, h), _again(s, h)
-    if not _close(whole, again).all():
-        return
-    single = _log_w(s, one, pytree.tree_map(lambda part: part[:, :1], h))
-    first = _log_w(s, s.x, pytree.tree_map(lambda part: part[:1], h))
-    for value, part, what in ((single, whole[:, :1], "a batch of one"), (first, whole[:1], "k = 1")):
-        close = _close(value, part)
-        if not close.all():
-            i, j = (int(n) for n in (~close).nonzero()[0])
-            raise Broken(
-                f"the log-weight [{i}, {j}] of the same sample is {value[i, j]:.7g} in {what}, and {part[i, j]:.7g} "
-                "otherwise"
-            )
-
-
-def seeds(s: _Subject) -> None:
-    bounds = []
-    for _ in range(2):
-        torch.manual_seed(s.seed)
-        bounds.append(IWAE(k=s.k).bound(s.model, s.x))
-    if not torch.equal(bounds[0], bounds[1]):
-        raise Broken(f"with one seed the bound is {bounds[0][0]:.9g}, then {bounds[1][0]:.9g}")
-    draws = [pytree.tree_leaves(draw(s.model.posterior(s.x), 50)) for _ in range(2)]
-    if all(torch.equal(a, b) for a, b in zip(*draws, strict=True)):
-        raise Broken("drawing 50 samples twice, without setting a seed between, gives the same samples")
-
-
-_Stage = dict[str, tuple[Callable[[_Subject], None], str]]
+_Stage = dict[str, tuple[Callable[[Subject], None], str]]
 
 _METHODS: _Stage = {
     "methods": (
-        methods,
+        promises.methods,
         "a model without posterior(x), or log_joint(x, h), or both log_likelihood(x, h) and log_prior(h)",
     ),
 }
 _FORM: _Stage = {
     "shape": (
-        shape,
+        promises.shape,
         "no sum over the event dimensions (torch.distributions.Independent does it), or one over all axes",
     ),
     "finite": (
-        finite,
+        promises.finite,
         "log of a probability that rounds to zero (use logits), or a scale that is not positive",
     ),
 }
 _RANDOM: _Stage = {
-    "seeds": (seeds, "random numbers that do not come from torch's global generator (numpy, an own or fixed seed)"),
+    "seeds": (
+        promises.seeds,
+        "random numbers that do not come from torch's global generator (numpy, an own or fixed seed)",
+    ),
 }
 _PROMISES: _Stage = {
-    "log_joint": (log_joint, "a term counted twice or forgotten in one of them"),
+    "log_joint": (promises.log_joint, "a term counted twice or forgotten in one of them"),
     "score": (
-        score,
+        promises.score,
         "sample and log_prob disagree on a parameter (variance or standard deviation, log scale or scale), or the "
         "support of q moves with one (Uniform): only plain reparam is right there",
     ),
     "normalised": (
-        normalised,
+        promises.normalised,
         "a missing constant (log sd, log 2 pi), or a flow's log-determinant left out or of the wrong sign",
     ),
     "gradients": (
-        gradients,
+        promises.gradients,
         "detach, .data, or sample() where rsample is meant; freeze unused parameters",
     ),
     "leak": (
-        leak,
+        promises.leak,
         "batch normalisation in training mode, a softmax or mean over axis 0, reshape for transpose",
     ),
     "sizes": (
-        sizes,
+        promises.sizes,
         "squeeze() without an axis, batch normalisation in training mode, or x repeated in another order than h is "
         "flattened (repeat_interleave where expand is meant)",
     ),
 }
 _PATH: _Stage = {
     "pathwise": (
-        pathwise,
+        promises.pathwise,
         "detach, .data or no_grad on a part of rsample, straight-through samples, or a support of q that moves with "
         "its parameters",
     ),

@@ -1,0 +1,69 @@
+"""What torch is in the middle of: traces and transforms, its random numbers, the parameters that autocast has cast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+def may_synchronise(value: Tensor) -> bool:
+    """Whether the host may look at the numbers: not while a compiler traces or a CUDA graph is captured."""
+    if torch.compiler.is_compiling() or is_transformed(value):
+        return False
+    return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def is_transformed(value: Tensor) -> bool:
+    """Whether a transform of torch.func, vmap or grad, runs on the value; a tracing compiler sees to its own."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+def refuse_transforms(h: Any) -> None:
+    """Raise under a transform of torch.func, which cannot go where the backward pass evaluates densities again."""
+    if any(map(is_transformed, pytree.tree_leaves(h))):
+        raise RuntimeError(
+            "gradient='stl' and 'dreg', chunk_size and Split do not go with torch.func transforms: use "
+            "torch.autograd.grad, or gradient='reparam', 'score', 'vimco' or 'rws' without chunk_size"
+        )
+
+
+@contextmanager
+def generators_at(state: Any) -> Iterator[None]:
+    """Inside, torch's generators go on from a `rng_state()`; afterwards from where they were."""
+    now = rng_state()
+    set_rng_state(state)
+    try:
+        yield
+    finally:
+        set_rng_state(now)
+
+
+def cast_anew() -> None:
+    """After networks were evaluated without a graph: let autocast forget the parameters that it has cast.
+
+    torch 2.9 hands those casts to code with a graph, where the parameters' gradient is then lost.
+    """
+    if not torch.compiler.is_compiling():
+        torch.clear_autocast_cache()
+
+
+def rng_state() -> tuple[Tensor, Tensor | None]:
+    on_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if on_cuda else None
+
+
+def same_state(before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None]) -> bool:
+    return all(
+        a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in zip(before, after, strict=True)
+    )
+
+
+def set_rng_state(state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1])

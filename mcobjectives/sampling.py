@@ -1,0 +1,136 @@
+"""The samples of a posterior: a stream that can be drawn again, and what a gradient through them needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from mcobjectives.context import cast_anew, generators_at, rng_state
+from mcobjectives.model import Latent, ModelError, has_methods, require
+
+
+def has_rsample(posterior: Any) -> bool:
+    return has_methods(posterior, "rsample") and getattr(posterior, "has_rsample", True)
+
+
+def is_discrete(posterior: Any) -> bool:
+    """Whether h takes discrete values: a gradient through its samples is then straight-through, not q's."""
+    return bool(getattr(_support(posterior), "is_discrete", False))
+
+
+def moving_support(posterior: Any) -> bool:
+    """Whether the values that h can take depend on parameters of q, as a Uniform's do."""
+    support = _support(posterior)
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return any(isinstance(bound, Tensor) and bound.requires_grad for bound in getattr(support, "__dict__", {}).values())
+
+
+def _support(posterior: Any) -> Any:
+    try:
+        return getattr(posterior, "support", None)
+    except NotImplementedError:  # of torch distributions that know none
+        return None
+
+
+def draw(posterior: Any, k: int) -> Latent:
+    """k samples for each data point, `(k, batch, ...)`, without a graph.
+
+    By rsample where there is one, so that every estimator sees the same numbers for a seed.
+    """
+    with torch.no_grad():
+        return (posterior.rsample if has_rsample(posterior) else posterior.sample)(torch.Size((k,)))
+
+
+class Samples:
+    """The k samples of a posterior as a stream that can be drawn again, slice by slice, with the same numbers.
+
+    The stream is cut in blocks of a fixed size, so the numbers depend on the seed and k alone, not on how the caller
+    slices. Only `replay=True` remembers the generator's state before each block: all are drawn once in advance, so that
+    a slice drawn again leaves the generator where the first time did, and a dropout in the model repeats itself too.
+    """
+
+    BLOCK = 50
+
+    def __init__(self, posterior: Any, k: int, *, pathwise: bool, replay: bool = False) -> None:
+        if pathwise and not has_rsample(posterior):
+            raise ModelError(
+                f"a pathwise gradient needs rsample, which {type(posterior).__name__} does not have: "
+                'use gradient="score" or "vimco"'
+            )
+        if not (has_rsample(posterior) or has_methods(posterior, "sample")):
+            raise ModelError(f"the posterior {type(posterior).__name__} has neither sample nor rsample")
+        require(posterior, "an objective", "log_prob")
+        self.posterior, self.k, self.pathwise = posterior, k, pathwise
+        self.attach = posterior.attach if pathwise and has_methods(posterior, "attach") else None
+        self._states: list[Any] = []
+        if replay:
+            for b in range(-(-k // self.BLOCK)):
+                self._states.append(rng_state())
+                with torch.no_grad():
+                    self._sample(self._size(b))
+            cast_anew()
+
+    def draw(self, start: int = 0, stop: int | None = None) -> Latent:
+        """Samples `start` to `stop`: `(stop - start, batch, ...)`, differentiable where the stream is pathwise."""
+        stop = self.k if stop is None else stop
+        first, last = start // self.BLOCK, (stop - 1) // self.BLOCK
+        blocks = [self._block(b) for b in range(first, last + 1)]
+        whole = blocks[0] if len(blocks) == 1 else pytree.tree_map(lambda *parts: torch.cat(parts), *blocks)
+        offset = first * self.BLOCK
+        if start == offset and (stop == self.k or stop % self.BLOCK == 0):
+            return whole
+        return pytree.tree_map(lambda part: part[start - offset : stop - offset], whole)
+
+    def _size(self, b: int) -> int:
+        return min(self.BLOCK, self.k - b * self.BLOCK)
+
+    def _block(self, b: int) -> Latent:
+        if not self._states:
+            return self._sample(self._size(b))
+        with generators_at(self._states[b]):
+            return self._sample(self._size(b))
+
+    def _sample(self, n: int) -> Latent:
+        if self.pathwise:
+            return self.posterior.rsample(torch.Size((n,)))
+        h = draw(self.posterior, n)
+        cast_anew()
+        return h
+
+
+def check_differentiable(h: Latent, log_q: Tensor) -> None:
+    """Raise where q has parameters that samples do not depend on: their pathwise gradient would be lost."""
+    if not (torch.is_grad_enabled() and log_q.requires_grad):
+        return
+    parts = pytree.tree_leaves(h)
+    lost = [i for i, part in enumerate(parts) if not part.requires_grad]
+    if lost:
+        raise ModelError(
+            f"part(s) {lost} of h ({len(parts)} in all) carry no gradient, though log q(h | x) has parameters: "
+            'a pathwise gradient would be wrong; use gradient="score" or "vimco" (discrete or mixed latents); '
+            "a layer to be frozen is left out of the optimiser, with requires_grad as it is; those of a layer without "
+            "parameters are marked by mcobjectives.parameterless(h)"
+        )
+
+
+def parameterless(h: Tensor) -> Tensor:
+    """h, marked as samples of a layer of q that has no parameters, so that no path through them can be lost.
+
+    For `rsample` of a q that draws a part of h from a fixed distribution, beside others that have parameters: freshly
+    drawn samples, outside transforms of torch.func.
+
+    Example:
+        >>> noise = parameterless(torch.randn(5, 3, 2))
+        >>> noise.requires_grad, noise.is_leaf
+        (True, True)
+    """
+    if not h.is_floating_point():
+        raise ModelError(f"parameterless(h) needs floating-point samples, got {h.dtype}: cast them, h.float()")
+    if torch.is_grad_enabled():
+        h.requires_grad_()
+    h.parameterless = True  # type: ignore[attr-defined]
+    return h
