@@ -87,9 +87,11 @@ def require(model: Any, needed_by: str, *names: str) -> None:
     """Raise `ModelError` unless the model has all the named methods."""
     missing = [name for name in names if not has_methods(model, name)]
     if missing:
+        inner = [name for name in ("module", "model") if has_methods(getattr(model, name, None), *names)]
         raise ModelError(
             f"{needed_by} needs {type(model).__name__} to have the method(s) {', '.join(missing)}: "
-            "a model gives posterior(x), and log_joint(x, h) or both log_likelihood(x, h) and log_prior(h)"
+            + (f"its .{inner[0]} has: give that; " if inner else "")
+            + "a model gives posterior(x), and log_joint(x, h) or both log_likelihood(x, h) and log_prior(h)"
         )
 
 
@@ -128,9 +130,11 @@ def log_weights(log_p: Tensor, log_q: Tensor, expected_k: int) -> Tensor:
     """log p - log q, once both are known to be `(k, batch)`, on one device, and free of NaN and +inf."""
     for name, value in (("log p(x, h)", log_p), ("log q(h | x)", log_q)):
         if value.ndim != 2:
+            mend = "sum over the event dimensions (torch.distributions.Independent does)"
+            if value.ndim < 2:
+                mend = "give x a batch axis, and do not sum over it"
             raise ModelError(
-                f"{name} has shape {tuple(value.shape)}, expected (k, batch) with k = {expected_k}: "
-                "sum over the event dimensions (torch.distributions.Independent does)"
+                f"{name} has shape {tuple(value.shape)}, expected (k, batch) with k = {expected_k}: {mend}"
             )
     if log_p.device != log_q.device:
         raise ModelError(

@@ -22,7 +22,7 @@ from mcobjectives.estimators import Weights, warn_once
 from mcobjectives.model import Density, Latent, ModelError, log_joint, require
 from mcobjectives.replay import replayed, require_unchanged
 from mcobjectives.resampling import select
-from mcobjectives.sampling import Samples, check_differentiable, has_rsample, is_discrete, moving_support
+from mcobjectives.sampling import Samples, check_differentiable, has_rsample, is_discrete, moving_support, named
 from mcobjectives.surrogate import PLAIN, Plan, Ratio, plan_of, terms, with_value
 
 _JUMPS: dict[tuple[Any, ...], bool] = {}
@@ -186,12 +186,12 @@ class Objective(ABC):
     def _check_samples(self, posterior: Any) -> None:
         if self._plan.path and is_discrete(posterior) and has_rsample(posterior):
             warn_once(
-                f"h of {type(posterior).__name__} is discrete, and a gradient straight through its samples is biased: "
+                f"h of {named(posterior)} is discrete, and a gradient straight through its samples is biased: "
                 "use gradient='vimco' for an unbiased one"
             )
         if not self._plan.plain and moving_support(posterior):
             raise ModelError(
-                f"gradient={self.gradient!r} is wrong for {type(posterior).__name__}, whose support moves with its "
+                f"gradient={self.gradient!r} is wrong for {named(posterior)}, whose support moves with its "
                 "parameters: use gradient='reparam'"
             )
 
@@ -293,11 +293,12 @@ class Objective(ABC):
         bound = reduced(self.reduce, log_w)
         if may_synchronise(bound) and not bool(torch.isfinite(bound).all()):
             zero = log_w == -torch.inf
-            empty, some = int(zero.all(0).sum()), bool(zero.any())
+            bad, empty, some = ~torch.isfinite(bound), int(zero.all(0).sum()), bool(zero.any())
             why = f"all {self.k} weights are zero for {empty} of them" if empty else "some of their weights are zero"
+            why += ", some for the others" if 0 < empty < int(bad.sum()) else ""
             why = f"{why} (log p(x, h) = -inf)" if some else "its reduce leaves what floats hold: stay in log space"
             raise ValueError(
-                f"the bound of {type(self).__name__} is not finite for {int((~torch.isfinite(bound)).sum())} of "
+                f"the bound of {type(self).__name__} is not finite for {int(bad.sum())} of "
                 f"{bound.numel()} data points: {why}"
             )
         return bound

@@ -16,6 +16,12 @@ def has_rsample(posterior: Any) -> bool:
     return has_methods(posterior, "rsample") and getattr(posterior, "has_rsample", True)
 
 
+def named(posterior: Any) -> str:
+    """The posterior's type, with what an `Independent` is made of."""
+    name, base = type(posterior).__name__, getattr(posterior, "base_dist", None)
+    return name if base is None else f"{name}({named(base)})"
+
+
 def is_discrete(posterior: Any) -> bool:
     """Whether h takes discrete values: a gradient through its samples is then straight-through, not q's."""
     return bool(getattr(_support(posterior), "is_discrete", False))
@@ -58,7 +64,7 @@ class Samples:
     def __init__(self, posterior: Any, k: int, *, pathwise: bool, replay: bool = False) -> None:
         if pathwise and not has_rsample(posterior):
             raise ModelError(
-                f"a pathwise gradient needs rsample, which {type(posterior).__name__} does not have: "
+                f"a pathwise gradient needs rsample, which {named(posterior)} does not have: "
                 'use gradient="score" or "vimco"'
             )
         if not (has_rsample(posterior) or has_methods(posterior, "sample")):

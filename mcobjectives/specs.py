@@ -7,6 +7,7 @@ import difflib
 import importlib
 import inspect
 import math
+import re
 import warnings
 from dataclasses import MISSING, Field, fields, is_dataclass
 from numbers import Integral, Real
@@ -108,6 +109,8 @@ def _parse(spec: str, text: str) -> tuple[str, ast.Call | None]:
             body = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = getattr(error, "msg", None) or type(error).__name__
+        if re.match(r"\s*[\w.]+:\w", text):
+            reason = "only installed objectives have names here, module:name is for mcobj check"
         raise _error(spec, f"cannot be read ({reason}): {usage}") from None
     return _name_and_call(spec, body, usage)
 
@@ -183,6 +186,8 @@ def _value(spec: str, text: str, option: str, node: ast.expr) -> Any:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _names():
         return _build(spec, text, node.func.id, _registered(spec, node.func.id), node)
     shown = _source(text, node)
+    if isinstance(node, ast.Name) and shown.lower() in ("nan", "inf"):
+        raise _error(spec, f"{option}={shown}: write a number (1e999 is infinite)")
     if isinstance(node, ast.Name):
         python = {"true": "True", "false": "False", "none": "None", "null": "None"}.get(shown.lower())
         nested = f" (or {option}={shown}() for the objective)" if shown in _names() else ""

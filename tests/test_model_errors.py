@@ -65,6 +65,25 @@ def test_distributions_and_toys_are_structurally_models_and_posteriors():
 # Missing methods.
 
 
+def test_a_wrapped_model_is_told_apart():
+    average = torch.optim.swa_utils.AveragedModel(Gaussian1D())
+    with pytest.raises(ModelError, match=r"needs AveragedModel to have .*posterior: its \.module has: give that"):
+        IWAE(k=2)(average, X)
+    assert torch.isfinite(IWAE(k=2)(average.module, X))
+
+
+def test_a_posterior_is_named_with_what_it_is_made_of():
+    model = Toy()
+    model.posterior = lambda x: Independent(Bernoulli(logits=x.unsqueeze(-1)), 1)
+    with pytest.raises(ModelError, match=r"rsample, which Independent\(Bernoulli\) does not have"):
+        IWAE(k=2)(model, X)
+
+
+def test_one_data_point_without_a_batch_axis_is_said():
+    with pytest.raises(ModelError, match=r"has shape \(2,\), expected .*: give x a batch axis"):
+        IWAE(k=2)(Toy(), X[0])
+
+
 def test_a_model_without_a_posterior_is_named():
     class Nothing:
         log_joint = staticmethod(never)
