@@ -273,12 +273,13 @@ def test_a_compilers_brackets_are_text(mcobj, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_terminal_that_has_no_such_letters_loses_only_them(tmp_path, encoding):
-    first = start(*TABLE, "--out", tmp_path, "--no-run", env=os.environ | {"PYTHONIOENCODING": encoding})
+    options = {"env": os.environ | {"PYTHONIOENCODING": encoding}, "encoding": encoding}
+    first = start(*TABLE, "--out", tmp_path, "--no-run", **options)
     out, err = first.communicate()
     assert first.returncode == 0 and "not run" in out and "codec" not in err and "preset smoke" in out
     folder = tmp_path / "r\u00e9sultats \u2026"
     folder.mkdir()
-    found = start("report", folder, env=os.environ | {"PYTHONIOENCODING": encoding})
+    found = start("report", folder, **options)
     assert "holds no recorded results" in found.communicate()[1] and found.returncode == 1
 
 
