@@ -28,7 +28,7 @@ from mcobjectives.likelihoods import discretised_logistic_log_likelihood
 from mcobjectives.objective import Objective
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples import checkpoints, files
-from mcobjectives_examples.cells import EVALUATION_SEED, describe
+from mcobjectives_examples.cells import EVALUATION_SEED, describe, random_rows
 from mcobjectives_examples.datasets import DATASETS, load
 from mcobjectives_examples.downloads import DataError, MissingDataError, data_dir
 from mcobjectives_examples.engine import pick_device
@@ -176,8 +176,7 @@ def run(spec: str, images: Images, preset: Preset, seed: int, runs: Path, device
         model, parse_objective(spec), images.train.to(device), preset, runs / f"{name}-seed{seed}.pt", config
     )
     n = min(preset.test_images or len(images.test), len(images.test))
-    chosen = torch.randperm(len(images.test), generator=torch.Generator().manual_seed(EVALUATION_SEED))[:n]
-    x = images.test[chosen].to(device)
+    x = images.test[random_rows(len(images.test), n)].to(device)
     began = time.monotonic()
     torch.manual_seed(EVALUATION_SEED)
     with torch.no_grad():

@@ -133,6 +133,11 @@ def trainer_of(config: Config, dataset: Dataset, out: Path, device: torch.device
     return trainer
 
 
+def passes(on_progress: OnProgress) -> Callable[[Progress], None]:
+    """For a trainer: its passes told as the progress of "train"."""
+    return lambda progress: on_progress("train", progress.done, progress.passes)
+
+
 def run_cell(
     config: Config,
     dataset: Dataset,
@@ -154,11 +159,7 @@ def run_cell(
         return found
     surroundings = provenance()  # as the run starts: the checkout may move on while it trains
     trainer = trainer_of(config, dataset, out, device, engine=engine, log=log, note=note)
-
-    def on_step(progress: Progress) -> None:
-        on_progress("train", progress.done, progress.passes)
-
-    trainer.run(on_step, stop)
+    trainer.run(passes(on_progress), stop)
     began = time.monotonic()
     try:
         metrics = evaluate_model(trainer.model, test_images(dataset, config), config.preset, on_progress, stop)
@@ -187,9 +188,12 @@ def test_images(dataset: Dataset, config: Config) -> Tensor:
     """The binary test images that a configuration is evaluated on, `(n, pixels)`."""
     images = test_set(dataset, config.binarisation)
     n = config.preset.test_images
-    if n is None or n >= len(images):
-        return images
-    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(EVALUATION_SEED))[:n]]
+    return images if n is None or n >= len(images) else images[random_rows(len(images), n)]
+
+
+def random_rows(total: int, n: int) -> Tensor:
+    """Which n of so many test images, `(n,)`: the same in every run, whatever its seed."""
+    return torch.randperm(total, generator=torch.Generator().manual_seed(EVALUATION_SEED))[:n]
 
 
 def evaluate_model(
@@ -240,8 +244,17 @@ def reconstruction_error(model: PaperModel, images: Tensor) -> float:
     The paper's: an image is encoded to the topmost layer and decoded again; but by conditional means, where the
     paper takes one sample of every layer.
     """
-    found = [bernoulli_log_likelihood(model.reconstruct(batch), batch).double() for batch in images.split(1000)]
-    return -float(torch.cat(found).mean())
+    return float(reconstructions(model, images)[1].mean())
+
+
+def reconstructions(model: PaperModel, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images encoded and decoded again: pixel probabilities, `(n, pixels)`, and the cross-entropies, `(n,)` float64."""
+    pixels, errors = [], []
+    for batch in images.split(1000):
+        logits = model.reconstruct(batch)
+        pixels.append(logits.sigmoid())
+        errors.append(-bernoulli_log_likelihood(logits, batch).double())
+    return torch.cat(pixels), torch.cat(errors)
 
 
 def evaluate_pruned(
@@ -256,7 +269,7 @@ def evaluate_pruned(
 
     `layers` and `evaluation` are the whole model's on all images; where every unit is active, its numbers serve.
     """
-    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(EVALUATION_SEED))[:n]
+    chosen = random_rows(len(images), n)
     whole = evaluation.log_likelihood[chosen]
     without = whole
     if any(layer.active < len(layer.variance) for layer in layers):

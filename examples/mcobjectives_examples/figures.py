@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from mcobjectives.evaluation import posterior_means
-from mcobjectives.likelihoods import bernoulli_log_likelihood
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples.binarisation import test_set
-from mcobjectives_examples.cells import OnProgress, checkpoint_path
+from mcobjectives_examples.cells import OnProgress, passes, reconstructions, trainer_of
 from mcobjectives_examples.config import Config, canonical
 from mcobjectives_examples.datasets import Dataset
 from mcobjectives_examples.labels import class_names, test_labels
@@ -23,7 +22,6 @@ from mcobjectives_examples.models import PaperModel
 from mcobjectives_examples.precision import set_precision
 from mcobjectives_examples.presets import Preset, capped
 from mcobjectives_examples.render import counted
-from mcobjectives_examples.training import Trainer
 
 SIDE = 20
 """Images along one side of the manifold."""
@@ -80,10 +78,9 @@ def trained(
     note: Callable[[str], None] = lambda text: None,
 ) -> PaperModel:
     """The configuration's model from its checkpoint in `runs`, trained to its end first where it is not."""
-    trainer = Trainer(config, dataset, device, checkpoint_path(runs, config), note=note)
-    trainer.restore()
+    trainer = trainer_of(config, dataset, runs, device, note=note)
     if trainer.epoch < config.preset.passes:
-        trainer.run(lambda progress: on_progress("train", progress.done, progress.passes), stop)
+        trainer.run(passes(on_progress), stop)
     set_precision("highest")
     return trainer.model.eval()
 
@@ -139,12 +136,8 @@ class Reconstruction:
 @torch.no_grad()
 def reconstruct(model: PaperModel, images: Tensor) -> Reconstruction:
     """Images, `(n, pixels)`, encoded to the posterior mean and decoded again."""
-    pixels, errors = [], []
-    for batch in images.split(1000):
-        logits = model.reconstruct(batch)
-        pixels.append(logits.sigmoid())
-        errors.append(-bernoulli_log_likelihood(logits, batch).double())
-    return Reconstruction(torch.cat(pixels).cpu().numpy(), torch.cat(errors).cpu().numpy())
+    pixels, errors = reconstructions(model, images)
+    return Reconstruction(pixels.cpu().numpy(), errors.cpu().numpy())
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from mcobjectives_examples import checkpoints, drawing, figures, files, render
 from mcobjectives_examples.cells import (
     Place,
     evaluate_model,
+    passes,
     passes_done,
     recorded,
     run_cell,
@@ -37,7 +38,7 @@ from mcobjectives_examples.presets import Preset
 from mcobjectives_examples.side_by_side import run_side_by_side
 from mcobjectives_examples.stacking import pays, stacks, train_together
 from mcobjectives_examples.tables import Row, configurations, protocols, rows, with_results
-from mcobjectives_examples.training import Interrupted, Progress
+from mcobjectives_examples.training import Interrupted
 
 
 def reproduce_tables(
@@ -170,14 +171,10 @@ def _run_in_turn(
                 trainers = [
                     trainer_of(c, dataset, place.out, place.device, log=log_of(c), **options) for c in together[config]
                 ]
-                train_together(trainers, _passes(update), stop)
+                train_together(trainers, passes(update), stop)
             log = log_of(config)
             run_cell(config, dataset, place.out, place.device, log=log, on_progress=update, stop=stop, **options)
         on_done(config)
-
-
-def _passes(update: Callable[[str, float, float], None]) -> Callable[[Progress], None]:
-    return lambda progress: update("train", progress.done, progress.passes)
 
 
 def _stacks(configs: Sequence[Config], device: torch.device) -> dict[Config, list[Config]]:
