@@ -723,6 +723,36 @@ def test_a_mutated_model_breaks_its_property_and_no_other(x, mutant):
     assert "Usual cause: " in str(raised.value) and str(raised.value).startswith(f"model {mutant.__name__} breaks")
 
 
+def test_a_missing_sum_is_told_with_the_batch_that_there_is(x):
+    with pytest.raises(ConformanceError, match=r"has shape \(4, 5, 3\) instead of \(k, batch\) = \(4, 5\)"):
+        check_model(NoSumAtAll(), x)
+
+
+class NoSumAtAll(Gaussian):
+    def posterior(self, x):
+        mean, _ = self.moments(x)
+        return Normal(torch.cat([mean, mean[:, :1]], 1), 1.0)
+
+    def log_prior(self, h):
+        return Normal(0.0, 1.0).log_prob(h)
+
+    def log_likelihood(self, x, h):
+        return Normal(self.decoder(h[..., :2]), 1.0).log_prob(x)
+
+
+class RepeatsInAnotherOrder(Gaussian):
+    def log_likelihood(self, x, h):
+        k, batch = h.shape[:2]
+        rows = x.repeat_interleave(k, 0)  # h is flattened sample by sample
+        return Normal(self.decoder(h.flatten(0, 1)), 1.0).log_prob(rows).sum(-1).reshape(k, batch)
+
+
+def test_the_log_weight_that_is_shown_is_one_that_differs(x):
+    found = {f.property: f for f in model_findings(RepeatsInAnotherOrder(), x)}["sizes"]
+    [shown] = re.findall(r"of the same sample is (\S+) in .*, and (\S+) otherwise", str(found))
+    assert found.passed is False and shown[0] != shown[1] and "repeat_interleave" in str(found)
+
+
 def test_each_property_of_models_has_a_mutant(x):
     properties = {f.property for f in model_findings(Gaussian(), x)}
     assert properties == set().union(*MODEL_MUTANTS.values())
