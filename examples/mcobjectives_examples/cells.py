@@ -28,7 +28,7 @@ from mcobjectives_examples.presets import Preset
 from mcobjectives_examples.provenance import provenance
 from mcobjectives_examples.pruning import pruned
 from mcobjectives_examples.results import read_result
-from mcobjectives_examples.training import Interrupted, Progress, Trainer
+from mcobjectives_examples.training import Interrupted, Progress, Trainer, or_interrupted
 
 EVALUATION_SEED = 20210401
 PRUNED_IMAGES = 1000
@@ -161,12 +161,8 @@ def run_cell(
     trainer = trainer_of(config, dataset, out, device, engine=engine, log=log, note=note)
     trainer.run(passes(on_progress), stop)
     began = time.monotonic()
-    try:
+    with or_interrupted(stop):
         metrics = evaluate_model(trainer.model, test_images(dataset, config), config.preset, on_progress, stop)
-    except Exception:
-        if stop():  # a Ctrl-C stops a compiler too, whose failure this may be
-            raise Interrupted from None
-        raise
     if log is not None:
         for name, value in scalars(metrics):
             log(f"test/{name}", value, trainer.epoch)

@@ -47,6 +47,11 @@ class Config:
         return cls(**kept, preset=Preset(**preset), latent=record.get("latent"))
 
     @property
+    def protocol(self) -> Config:
+        """The configuration without its preset's description, which may be reworded between two runs."""
+        return replace(self, preset=replace(self.preset, about=""))
+
+    @property
     def first_stage_name(self) -> str:
         """The name of the run whose parameters this one starts from."""
         assert self.after is not None
@@ -76,13 +81,12 @@ def training_objective(spec: str, preset: Preset) -> Objective:
 def comparable(record: dict[str, Any]) -> dict[str, Any]:
     """A recorded configuration as it would be recorded now, for comparing two.
 
-    What an older version left out has its default, and a preset's description, which may be reworded, is left out.
+    What an older version left out has its default.
     """
     try:
-        whole = Config.from_dict(record).to_dict(record["data_sha256"])
+        return Config.from_dict(record).protocol.to_dict(record["data_sha256"])
     except (KeyError, TypeError, ValueError):  # of something else: it is compared as it stands
         return record
-    return whole | {"preset": {name: value for name, value in whole["preset"].items() if name != "about"}}
 
 
 def differing(one: dict[str, Any], other: dict[str, Any]) -> str:

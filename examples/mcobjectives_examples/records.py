@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -14,7 +14,6 @@ from mcobjectives_examples import checkpoints
 from mcobjectives_examples.config import Config, canonical
 from mcobjectives_examples.drawing import FORMATS
 from mcobjectives_examples.paper import paper, table
-from mcobjectives_examples.presets import Preset
 from mcobjectives_examples.results import read_result
 from mcobjectives_examples.tables import Row, filled, rows
 
@@ -40,17 +39,8 @@ def read(folder: Path) -> Records:
             config = Config.from_dict(result["config"])
             if config.name != path.stem:
                 raise checkpoints.CheckpointError(f"{path} is the result of {config.name}: rename it or move it away")
-            found[_comparable(config)] = result
+            found[config.protocol] = result
     return found
-
-
-def _comparable(config: Config) -> Config:
-    return replace(config, preset=_same_protocol(config.preset))
-
-
-def _same_protocol(preset: Preset) -> Preset:
-    """The preset without its description, which may be reworded between two runs."""
-    return replace(preset, about="")
 
 
 def table_runs(records: Records) -> list[TableRun]:

@@ -26,7 +26,7 @@ from mcobjectives_examples.engine import (
     make_step,
 )
 from mcobjectives_examples.precision import set_precision
-from mcobjectives_examples.training import Interrupted, OnStep, Trainer, advance
+from mcobjectives_examples.training import Interrupted, OnStep, Trainer, advance, or_interrupted
 
 _SHAPE_OF_ANOTHER = {
     torch.ops.aten.randn_like.default,
@@ -164,13 +164,8 @@ def train_together(
     if not trainers:
         return
     already = stop()
-    try:
-        with generators_at(rng_state()):
-            stack = Stack(trainers)
-    except Exception:
-        if stop():  # a Ctrl-C stops a compiler too
-            raise Interrupted from None
-        raise
+    with or_interrupted(stop), generators_at(rng_state()):
+        stack = Stack(trainers)
     if stop() and not already:
         raise Interrupted
     alone = [_alone(trainer) for trainer in trainers]

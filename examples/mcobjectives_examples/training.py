@@ -41,6 +41,17 @@ class TrainingError(RuntimeError):
     """Training went wrong: a bound or a parameter is not finite any more. The last checkpoint is kept."""
 
 
+@contextmanager
+def or_interrupted(stop: Callable[[], bool]) -> Iterator[None]:
+    """What fails inside once `stop()` is true is `Interrupted`: a Ctrl-C stops a compiler too."""
+    try:
+        yield
+    except Exception:
+        if stop():
+            raise Interrupted from None
+        raise
+
+
 @dataclass(frozen=True)
 class Progress:
     """Where a run stands, for a progress bar."""
