@@ -10,20 +10,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint
 
 from mcobjectives import plugins
 from mcobjectives.analytic import expected_log_ratio
 from mcobjectives.arguments import require_count, require_number
-from mcobjectives.context import cast_anew, generators_at, may_synchronise, refuse_transforms, rng_state, same_state
-from mcobjectives.derivatives import curvatures, curved, leave_one_out, reduced, slopes, slopes_jump, slopes_vary
+from mcobjectives.bounds import BatchBound
+from mcobjectives.derivatives import curvatures, curved, leave_one_out, slopes, slopes_jump, slopes_vary
 from mcobjectives.estimators import Weights, warn_once
-from mcobjectives.model import Density, Latent, ModelError, log_joint, require
-from mcobjectives.replay import replayed, require_unchanged
-from mcobjectives.resampling import select
-from mcobjectives.sampling import Samples, check_differentiable, has_rsample, is_discrete, moving_support, named
-from mcobjectives.surrogate import PLAIN, Plan, Ratio, plan_of, terms, with_value
+from mcobjectives.model import ModelError, log_joint, require
+from mcobjectives.sampling import Samples, has_rsample, is_discrete, moving_support, named
+from mcobjectives.surrogate import PLAIN, Plan, plan_of
 
 _JUMPS: dict[tuple[Any, ...], bool] = {}
 _DERIVED = ("slopes", "curvatures", "leave_one_out")
@@ -142,21 +138,12 @@ class Objective(ABC):
 
     def surrogate(self, model: Any, x: Any) -> Tensor:
         """The bound for each data point, `(batch,)`, whose gradient is the estimator's."""
-        samples, log_p, log_q = self._open(model, x)
+        at_batch = self._open(model, x)
         if not torch.is_grad_enabled():
-            return self._reduce_checked(self._log_weights(samples, log_p, log_q))
+            return at_batch.value()
         if self.backward_samples is not None:
-            return self._resampled(samples, log_p, log_q)
-        if self.chunk_size is not None:
-            return self._chunked(samples, log_p, log_q)
-        ratio = Ratio()
-        whole = terms(self._plan, log_p, log_q, samples.draw(), self.k, self.tempering, ratio)
-        bound = self._reduce_checked(whole.log_w)
-        if self._plan.plain:
-            return bound
-        weights = self.weights(whole.log_w)
-        ratio.of(weights)
-        return with_value(whole.weighted_sum(weights), bound)
+            return at_batch.resampled(self.backward_samples)
+        return at_batch.whole() if self.chunk_size is None else at_batch.chunked()
 
     def bind(self, model: Any) -> torch.nn.Module:
         """An `nn.Module` whose `forward(x)` is the loss: for torch.compile, DDP, Lightning."""
@@ -164,7 +151,7 @@ class Objective(ABC):
 
     # How it is done.
 
-    def _open(self, model: Any, x: Any) -> tuple[Samples, Density, Density]:
+    def _open(self, model: Any, x: Any) -> BatchBound:
         log_p = log_joint(model, x, self.tempering) if not self.analytic_kl else None
         if log_p is None:
             require(model, f"{type(self).__name__}(analytic_kl=True)", "posterior", "log_likelihood")
@@ -180,8 +167,9 @@ class Objective(ABC):
             replay=self.chunk_size is not None,
         )
         if log_p is not None:
-            return samples, log_p, posterior.log_prob
-        return samples, lambda h: model.log_likelihood(x, h), expected_log_ratio(model, posterior)
+            return BatchBound(self, self._plan, samples, log_p, posterior.log_prob)
+        likelihood, log_ratio = lambda h: model.log_likelihood(x, h), expected_log_ratio(model, posterior)
+        return BatchBound(self, self._plan, samples, likelihood, log_ratio)
 
     def _check_samples(self, posterior: Any) -> None:
         if self._plan.path and is_discrete(posterior) and has_rsample(posterior):
@@ -194,114 +182,6 @@ class Objective(ABC):
                 f"gradient={self.gradient!r} is wrong for {named(posterior)}, whose support moves with its "
                 "parameters: use gradient='reparam'"
             )
-
-    def _chunks(self) -> list[tuple[int, int]]:
-        size = self.chunk_size or self.k
-        return [(start, min(start + size, self.k)) for start in range(0, self.k, size)]
-
-    def _log_weights(self, samples: Samples, log_p: Density, log_q: Density, states: list[Any] | None = None) -> Tensor:
-        """All log-weights, `(k, batch)`, without a graph; `states` takes the generators' before each chunk."""
-        parts = []
-        with torch.no_grad():
-            for start, stop in self._chunks():
-                h = samples.draw(start, stop)
-                if states is not None:
-                    states.append(rng_state())
-                parts.append(terms(PLAIN, log_p, log_q, h, stop - start, self.tempering, Ratio()).log_w)
-        cast_anew()
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _chunked(self, samples: Samples, log_p: Density, log_q: Density) -> Tensor:
-        """Two passes: the log-weights without a graph, then S chunk by chunk when the gradient is asked for."""
-        if self._plan.path:  # before anything is computed at all samples
-            first = samples.draw(*self._chunks()[0])
-            check_differentiable(first, log_q(pytree.tree_map(torch.Tensor.detach, first)))
-        states: list[Any] = []
-        log_w = self._log_weights(samples, log_p, log_q, states)
-        weights = self.weights(log_w)
-
-        def share(chunk: int) -> Tensor:
-            start, stop = self._chunks()[chunk]
-            own = Weights.of(w if w is None else w[start:stop] for w in weights)
-            ratio = Ratio()
-            ratio.of(own)
-            h = samples.draw(start, stop)
-            with generators_at(states[chunk]):  # a dropout in the model repeats itself
-                found = terms(self._plan, log_p, log_q, h, stop - start, self.tempering, ratio)
-            require_unchanged(found.log_w, log_w[start:stop], "log p(x, h) - log q(h | x)")
-            return found.weighted_sum(own)
-
-        return replayed(self._reduce_checked(log_w), share, len(states))
-
-    def _resampled(self, samples: Samples, log_p: Density, log_q: Density) -> Tensor:
-        m = self.backward_samples
-        assert m is not None
-        if samples.attach is not None:  # only what is chosen needs a graph
-            samples.pathwise = False
-        h = samples.draw() if self.chunk_size is None else None
-        log_w = self._log_weights(samples, log_p, log_q) if h is None else self._numbers(log_p, log_q, h, self.k)
-        bound = self._reduce_checked(log_w)
-        with torch.no_grad():
-            arrays = self.weights(log_w)
-            importance = torch.stack([w.abs() for w in arrays if w is not None]).amax(0)
-            # In float64: float32 draws an exact 0, which favours the first sample however small, once in 2^24 times.
-            offset = torch.rand(log_w.shape[1], dtype=torch.float64, device=log_w.device)
-            index, multiplier = select(importance, m, offset)
-            multiplier = multiplier.to(log_w.dtype)
-            weights = Weights.of(w if w is None else multiplier * w.gather(0, index) for w in arrays)
-        ratio = Ratio()
-        ratio.of(weights)
-        chosen = pytree.tree_map(lambda part: _pick(part, index), h) if h is not None else self._redraw(samples, index)
-        if samples.attach is not None:
-            chosen = samples.attach(chosen)
-        what = "log p(x, h) - log q(h | x)"
-        before = rng_state() if may_synchronise(log_w) else None
-        kept = terms(self._plan, log_p, log_q, chosen, m, self.tempering, ratio)
-        if before is not None and not same_state(before, rng_state()):
-            # A dropout, perhaps, whose change passes for rounding beside log p(x, h); or a thread that loads data.
-            again = self._numbers(log_p, log_q, chosen, m)
-            require_unchanged(again, kept.log_w, what, tolerance=1e-6 if again.dtype == torch.float32 else 1e-10)
-        # Loosely: in half precision m rows are not multiplied as k rows are, to the last of their few bits.
-        require_unchanged(kept.log_w, log_w.gather(0, index), what, tolerance=1e-2)
-        return with_value(kept.weighted_sum(weights), bound)
-
-    def _numbers(self, log_p: Density, log_q: Density, h: Latent, k: int) -> Tensor:
-        """The log-weights of given samples, `(k, batch)`, without a graph."""
-        with torch.no_grad():
-            fixed = pytree.tree_map(torch.Tensor.detach, h)
-            log_w = terms(PLAIN, log_p, log_q, fixed, k, self.tempering, Ratio()).log_w
-        cast_anew()
-        return log_w
-
-    def _redraw(self, samples: Samples, index: Tensor) -> Latent:
-        """The chosen samples, `(m, batch, ...)`, drawn again chunk by chunk."""
-
-        def picked(start: int, stop: int) -> Latent:
-            inside = (index >= start) & (index < stop)
-            local = (index - start).clamp(0, stop - start - 1)
-            part = pytree.tree_map(lambda t: _pick(t, local), samples.draw(start, stop))
-            return pytree.tree_map(lambda t: torch.where(_like(inside, t), t, torch.zeros_like(t)), part)
-
-        refuse_transforms(index)
-        chosen: Latent = None
-        for start, stop in self._chunks():
-            part = checkpoint(picked, start, stop, use_reentrant=False)
-            chosen = part if chosen is None else pytree.tree_map(torch.add, chosen, part)
-        return chosen
-
-    def _reduce_checked(self, log_w: Tensor) -> Tensor:
-        bound = reduced(self.reduce, log_w)
-        if may_synchronise(bound) and not bool(torch.isfinite(bound).all()):
-            zero = log_w == -torch.inf
-            bad, empty, some = ~torch.isfinite(bound), int(zero.all(0).sum()), bool(zero.any())
-            why = f"all {self.k} weights are zero for {empty} of them" if empty else "some of their weights are zero"
-            why += ", some for the others" if 0 < empty < int(bad.sum()) else ""
-            why = f"{why} (log p(x, h) = -inf)" if some else "its reduce leaves what floats hold: stay in log space"
-            raise ValueError(
-                f"the bound of {type(self).__name__} is not finite for {int(bad.sum())} of "
-                f"{bound.numel()} data points: {why}"
-            )
-        return bound
 
     @cached_property
     def _estimator(self) -> Callable[..., Any]:
@@ -382,13 +262,3 @@ class BoundObjective(torch.nn.Module):
 def _place(cls: type, name: str) -> int:
     """How far up a class has a method from: 0 for its own."""
     return next(i for i, parent in enumerate(cls.__mro__) if name in vars(parent))
-
-
-def _like(weights: Tensor, part: Tensor) -> Tensor:
-    """`(m, batch)` with trailing ones, to broadcast against a part of h."""
-    return weights.reshape(weights.shape + (1,) * (part.ndim - weights.ndim))
-
-
-def _pick(part: Tensor, index: Tensor) -> Tensor:
-    """Rows of `(k, batch, ...)` by an `(m, batch)` index."""
-    return part.gather(0, _like(index, part).expand(index.shape + part.shape[2:]))

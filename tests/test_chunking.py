@@ -27,7 +27,7 @@ from toys import (
     registered,
 )
 
-import mcobjectives.objective
+import mcobjectives.bounds
 from mcobjectives import CIWAE, IWAE, MIWAE, VAE, LAlpha, Median, ModelError, Objective, Power, Split, parameterless
 from mcobjectives.reductions import effective_sample_size
 from mcobjectives.resampling import inclusion_probabilities, select
@@ -494,11 +494,11 @@ def integrated_over_the_offset(objective, model, x, nodes, monkeypatch):
         return select(importance, m, offset)
 
     model.nodes = nodes
-    monkeypatch.setattr(mcobjectives.objective, "select", spy)
+    monkeypatch.setattr(mcobjectives.bounds, "select", spy)
     objective.surrogate(model, x)
     offset, length = offsets_of(seen[0], objective.backward_samples)
     model.nodes = nodes.expand(-1, len(offset), *nodes.shape[2:])
-    monkeypatch.setattr(mcobjectives.objective, "select", lambda importance, m, _: select(importance, m, offset))
+    monkeypatch.setattr(mcobjectives.bounds, "select", lambda importance, m, _: select(importance, m, offset))
     surrogate = objective.surrogate(model, x.expand(len(offset)))
     monkeypatch.undo()
     assert len(offset) > 1 or int((seen[0] > 0).sum()) <= objective.backward_samples
@@ -539,7 +539,7 @@ def test_every_data_point_and_every_step_has_a_uniform_offset_of_its_own(chunk_s
         offsets.append(offset)
         return select(importance, m, offset)
 
-    monkeypatch.setattr(mcobjectives.objective, "select", spy)
+    monkeypatch.setattr(mcobjectives.bounds, "select", spy)
     x, objective = torch.zeros(1000, dtype=F64), IWAE(k=4, backward_samples=2, chunk_size=chunk_size)
     torch.manual_seed(0)
     for _ in range(2):

@@ -1,0 +1,177 @@
+"""The bound of one batch, and three ways to its gradient: from all samples at once, in chunks, from a chosen few."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from mcobjectives.context import cast_anew, generators_at, may_synchronise, refuse_transforms, rng_state, same_state
+from mcobjectives.derivatives import reduced
+from mcobjectives.estimators import Weights
+from mcobjectives.model import Density, Latent
+from mcobjectives.replay import replayed, require_unchanged
+from mcobjectives.resampling import select
+from mcobjectives.sampling import Samples, check_differentiable
+from mcobjectives.surrogate import PLAIN, Plan, Ratio, Terms, terms, with_value
+
+if TYPE_CHECKING:
+    from mcobjectives.objective import Objective
+
+
+@dataclass(eq=False)
+class BatchBound:
+    """An objective at one batch: samples of q(h | x), h -> log p(x, h), tempered, and h -> log q(h | x).
+
+    Each method gives the bound of each data point, `(batch,)`; all but `value` with the estimator's gradient.
+    """
+
+    objective: Objective
+    plan: Plan
+    samples: Samples
+    log_p: Density
+    log_q: Density
+
+    def value(self) -> Tensor:
+        """Without a graph."""
+        return self._reduce(self._log_weights())
+
+    def whole(self) -> Tensor:
+        """From all samples at once."""
+        ratio = Ratio()
+        found = self._terms(self.plan, self.samples.draw(), self.objective.k, ratio)
+        bound = self._reduce(found.log_w)
+        if self.plan.plain:
+            return bound
+        weights = self.objective.weights(found.log_w)
+        ratio.of(weights)
+        return with_value(found.weighted_sum(weights), bound)
+
+    def chunked(self) -> Tensor:
+        """In two passes: the log-weights without a graph, then S chunk by chunk when the gradient is asked for."""
+        if self.plan.path:  # before anything is computed at all samples
+            first = self.samples.draw(*self._chunks()[0])
+            check_differentiable(first, self.log_q(pytree.tree_map(torch.Tensor.detach, first)))
+        states: list[Any] = []
+        log_w = self._log_weights(states)
+        weights = self.objective.weights(log_w)
+
+        def share(chunk: int) -> Tensor:
+            start, stop = self._chunks()[chunk]
+            own = Weights.of(w if w is None else w[start:stop] for w in weights)
+            ratio = Ratio()
+            ratio.of(own)
+            h = self.samples.draw(start, stop)
+            with generators_at(states[chunk]):  # a dropout in the model repeats itself
+                found = self._terms(self.plan, h, stop - start, ratio)
+            require_unchanged(found.log_w, log_w[start:stop], "log p(x, h) - log q(h | x)")
+            return found.weighted_sum(own)
+
+        return replayed(self._reduce(log_w), share, len(states))
+
+    def resampled(self, m: int) -> Tensor:
+        """From m of the samples, chosen by their weights."""
+        samples, in_chunks = self.samples, self.objective.chunk_size is not None
+        if samples.attach is not None:  # only what is chosen needs a graph
+            samples.pathwise = False
+        h = None if in_chunks else samples.draw()
+        log_w = self._log_weights() if in_chunks else self._numbers(h, self.objective.k)
+        bound = self._reduce(log_w)
+        with torch.no_grad():
+            arrays = self.objective.weights(log_w)
+            importance = torch.stack([w.abs() for w in arrays if w is not None]).amax(0)
+            # In float64: float32 draws an exact 0, which favours the first sample however small, once in 2^24 times.
+            offset = torch.rand(log_w.shape[1], dtype=torch.float64, device=log_w.device)
+            index, multiplier = select(importance, m, offset)
+            multiplier = multiplier.to(log_w.dtype)
+            weights = Weights.of(w if w is None else multiplier * w.gather(0, index) for w in arrays)
+        ratio = Ratio()
+        ratio.of(weights)
+        chosen = self._redraw(index) if in_chunks else pytree.tree_map(lambda part: _pick(part, index), h)
+        if samples.attach is not None:
+            chosen = samples.attach(chosen)
+        before = rng_state() if may_synchronise(log_w) else None
+        kept = self._terms(self.plan, chosen, m, ratio)
+        what = "log p(x, h) - log q(h | x)"
+        if before is not None and not same_state(before, rng_state()):
+            # A dropout, perhaps, whose change passes for rounding beside log p(x, h); or a thread that loads data.
+            again = self._numbers(chosen, m)
+            require_unchanged(again, kept.log_w, what, tolerance=1e-6 if again.dtype == torch.float32 else 1e-10)
+        # Loosely: in half precision m rows are not multiplied as k rows are, to the last of their few bits.
+        require_unchanged(kept.log_w, log_w.gather(0, index), what, tolerance=1e-2)
+        return with_value(kept.weighted_sum(weights), bound)
+
+    def _terms(self, plan: Plan, h: Latent, k: int, ratio: Ratio) -> Terms:
+        return terms(plan, self.log_p, self.log_q, h, k, self.objective.tempering, ratio)
+
+    def _chunks(self) -> list[tuple[int, int]]:
+        k = self.objective.k
+        size = self.objective.chunk_size or k
+        return [(start, min(start + size, k)) for start in range(0, k, size)]
+
+    def _log_weights(self, states: list[Any] | None = None) -> Tensor:
+        """All log-weights, `(k, batch)`, without a graph; `states` takes the generators' before each chunk."""
+        parts = []
+        with torch.no_grad():
+            for start, stop in self._chunks():
+                h = self.samples.draw(start, stop)
+                if states is not None:
+                    states.append(rng_state())
+                parts.append(self._terms(PLAIN, h, stop - start, Ratio()).log_w)
+        cast_anew()
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _numbers(self, h: Latent, k: int) -> Tensor:
+        """The log-weights of given samples, `(k, batch)`, without a graph."""
+        with torch.no_grad():
+            log_w = self._terms(PLAIN, pytree.tree_map(torch.Tensor.detach, h), k, Ratio()).log_w
+        cast_anew()
+        return log_w
+
+    def _redraw(self, index: Tensor) -> Latent:
+        """The chosen samples, `(m, batch, ...)`, drawn again chunk by chunk."""
+
+        def picked(start: int, stop: int) -> Latent:
+            inside = (index >= start) & (index < stop)
+            local = (index - start).clamp(0, stop - start - 1)
+            part = pytree.tree_map(lambda t: _pick(t, local), self.samples.draw(start, stop))
+            return pytree.tree_map(lambda t: torch.where(_like(inside, t), t, torch.zeros_like(t)), part)
+
+        refuse_transforms(index)
+        chosen: Latent = None
+        for start, stop in self._chunks():
+            part = checkpoint(picked, start, stop, use_reentrant=False)
+            chosen = part if chosen is None else pytree.tree_map(torch.add, chosen, part)
+        return chosen
+
+    def _reduce(self, log_w: Tensor) -> Tensor:
+        bound = reduced(self.objective.reduce, log_w)
+        if may_synchronise(bound) and not bool(torch.isfinite(bound).all()):
+            zero = log_w == -torch.inf
+            bad, empty, some = ~torch.isfinite(bound), int(zero.all(0).sum()), bool(zero.any())
+            why = (
+                f"all {self.objective.k} weights are zero for {empty} of them"
+                if empty
+                else "some of their weights are zero"
+            )
+            why += ", some for the others" if 0 < empty < int(bad.sum()) else ""
+            why = f"{why} (log p(x, h) = -inf)" if some else "its reduce leaves what floats hold: stay in log space"
+            raise ValueError(
+                f"the bound of {type(self.objective).__name__} is not finite for {int(bad.sum())} of "
+                f"{bound.numel()} data points: {why}"
+            )
+        return bound
+
+
+def _like(weights: Tensor, part: Tensor) -> Tensor:
+    """`(m, batch)` with trailing ones, to broadcast against a part of h."""
+    return weights.reshape(weights.shape + (1,) * (part.ndim - weights.ndim))
+
+
+def _pick(part: Tensor, index: Tensor) -> Tensor:
+    """Rows of `(k, batch, ...)` by an `(m, batch)` index."""
+    return part.gather(0, _like(index, part).expand(index.shape + part.shape[2:]))
