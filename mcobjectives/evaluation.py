@@ -5,16 +5,38 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from mcobjectives.activity import (
+    Activity,
+    active_units,
+    activity,
+    layer_activity,
+    mean_covariance,
+    pca_active_units,
+    posterior_means,
+)
 from mcobjectives.arguments import require_count
+from mcobjectives.data import batches, in_float64, rows_and_device
 from mcobjectives.model import Latent, ModelError, has_methods, joined, log_joint, log_weights
 from mcobjectives.pareto import pareto_khat, tail_length
 from mcobjectives.sampling import Samples
+
+__all__ = [  # with the active units, which belong to an evaluation too
+    "Activity",
+    "Evaluation",
+    "active_units",
+    "activity",
+    "evaluate",
+    "layer_activity",
+    "mean_covariance",
+    "pca_active_units",
+    "posterior_means",
+]
 
 _ROWS_AT_ONCE = {"cpu": 2500, "cuda": 200_000}
 _LOG_WEIGHTS_AT_ONCE = 1000
@@ -160,7 +182,7 @@ def evaluate(
         >>> round(result.nll, 4), round(result.kl, 4)
         (1.2655, 0.0)
     """
-    points, device = _rows_and_device(x)
+    points, device = rows_and_device(x)
     rows = _ROWS_AT_ONCE.get(device.type, _ROWS_AT_ONCE["cpu"])
     batch_size = min(points, math.isqrt(rows)) if batch_size is None else batch_size
     require_count("k", k)
@@ -168,9 +190,9 @@ def evaluate(
     chunk_size = max(1, rows // batch_size) if chunk_size is None else chunk_size
     require_count("chunk_size", chunk_size)
     parts = []
-    for batch in _batches(x, batch_size):
+    for batch in batches(x, batch_size):
         parts.append(_evaluate_batch(model, batch, int(k), chunk_size))
-        found, expected = parts[-1].elbo.numel(), _rows_and_device(batch)[0]
+        found, expected = parts[-1].elbo.numel(), rows_and_device(batch)[0]
         if found != expected:
             raise ModelError(
                 f"the model gave log-weights for {found} data points, expected {expected}: one for each row of x "
@@ -228,7 +250,7 @@ class _Running:
     def add(self, log_w: Tensor, likelihood: Tensor | None) -> None:
         self.waiting.append(log_w)
         if likelihood is not None:
-            total = _double(likelihood).sum(0)
+            total = in_float64(likelihood).sum(0)
             self.likelihood = total if self.likelihood is None else self.likelihood + total
         if sum(map(len, self.waiting)) >= _LOG_WEIGHTS_AT_ONCE:
             self.fold()
@@ -236,7 +258,7 @@ class _Running:
     def fold(self) -> None:
         if not self.waiting:
             return
-        log_w = _double(torch.cat(self.waiting))
+        log_w = in_float64(torch.cat(self.waiting))
         self.waiting = []
         total, squares, log_w_sum = log_w.logsumexp(0), (2 * log_w).logsumexp(0), log_w.sum(0)
         if self.sums is None or self.largest is None:
@@ -259,165 +281,6 @@ class _Running:
             khat=pareto_khat(self.largest).cpu(),
             log_p_x_given_h=None if self.likelihood is None else (self.likelihood / k).cpu(),
         )
-
-
-class Activity(NamedTuple):
-    """Which units of a stochastic layer carry information on x.
-
-    `variance` is Var_x E_q[h_u] of each unit, `units` the indices of the active ones, `pca` the number of active
-    directions: eigenvalues of the covariance of E_q[h] above the threshold.
-    """
-
-    variance: Tensor
-    units: list[int]
-    pca: int
-
-    @property
-    def active(self) -> int:
-        return len(self.units)
-
-
-def mean_covariance(means: Tensor, independent: Tensor | None = None) -> Tensor:
-    """Cov_x E_q[h], `(d, d)` float64, without bias, from the exact means `(n, d)` or two estimates of them.
-
-    An average over samples is off by noise that adds to its variance. Two averages over independent samples have
-    independent noise, and their cross-covariance is free of it.
-    """
-    a = _double(means)
-    b = a if independent is None else _double(independent)
-    if len(a) < 2:
-        raise ValueError(f"active units need the means of at least 2 data points, got {len(a)}")
-    cross = (a - a.mean(0)).T @ (b - b.mean(0)) / (len(a) - 1)
-    return (cross + cross.T) / 2
-
-
-def active_units(means: Tensor, independent: Tensor | None = None, *, threshold: float = 1e-2) -> int:
-    """The number of units u with Var_x E_q[h_u] above the threshold (Burda, Grosse & Salakhutdinov 2016).
-
-    Args:
-        means: E_q[h] of each data point, `(n, d)`, or an average over samples of q.
-        independent: the average over other samples, where the means are not exact.
-        threshold: the least variance of an active unit.
-
-    Example:
-        >>> import torch
-        >>> active_units(torch.tensor([[1.0, 0.01], [-1.0, -0.01]]))
-        1
-    """
-    return activity(means, independent, threshold=threshold).active
-
-
-def pca_active_units(means: Tensor, independent: Tensor | None = None, *, threshold: float = 1e-2) -> int:
-    """The number of directions of h in which E_q[h] varies: eigenvalues of its covariance above the threshold.
-
-    Example:
-        >>> import torch
-        >>> pca_active_units(torch.tensor([[1.0, 1.0], [-1.0, -1.0]]))
-        1
-    """
-    return activity(means, independent, threshold=threshold).pca
-
-
-def activity(means: Tensor, independent: Tensor | None = None, *, threshold: float = 1e-2) -> Activity:
-    """`active_units` and `pca_active_units` with the indices of the units, from one covariance."""
-    covariance = mean_covariance(means, independent)
-    variance = covariance.diagonal().cpu()
-    units = (variance > threshold).nonzero().flatten().tolist()
-    return Activity(variance, units, int((torch.linalg.eigvalsh(covariance) > threshold).sum()))
-
-
-def layer_activity(
-    model: Any, x: Any, *, n: int = 100, threshold: float = 1e-2, batch_size: int = 100
-) -> list[Activity]:
-    """The activity of each stochastic layer, in the order of the parts of h.
-
-    Args:
-        model: see `mcobjectives.Model`.
-        x: the data, one row a data point.
-        n: samples of q a data point, for layers whose E_q[h] is not known exactly.
-        threshold: the least variance of an active unit.
-        batch_size: data points at a time.
-
-    Example:
-        >>> import torch
-        >>> from torch.distributions import Independent, Normal
-        >>> class Half:  # the second unit ignores x
-        ...     def posterior(self, x):
-        ...         return Independent(Normal(x * torch.tensor([1.0, 0.0]), 1.0), 1)
-        >>> [layer] = layer_activity(Half(), torch.randn(100, 2))
-        >>> layer.units, layer.pca
-        ([0], 1)
-    """
-    return [activity(a, b, threshold=threshold) for a, b in posterior_means(model, x, n=n, batch_size=batch_size)]
-
-
-@torch.no_grad()
-def posterior_means(model: Any, x: Any, *, n: int = 100, batch_size: int = 100) -> list[tuple[Tensor, Tensor | None]]:
-    """E_q[h] of each layer and data point, `(points, d)`: exact with None, or two averages over n // 2 samples each.
-
-    Exact for layer 1 if `posterior.mean` is a tensor, or a tuple that starts with layer 1's. Otherwise averages of the
-    conditional means `posterior.layer_means(h)`, each `(k, batch, d)` given the layers before, or of the samples.
-    """
-    require_count("n", n, least=2)
-    require_count("batch_size", batch_size)
-    _rows_and_device(x)
-    batches = [_batch_means(model.posterior(batch), n // 2) for batch in _batches(x, batch_size)]
-    layers = []
-    for parts in zip(*batches, strict=True):
-        first, second = zip(*parts, strict=True)
-        layers.append((torch.cat(first), None if second[0] is None else torch.cat(second)))
-    return layers
-
-
-def _batch_means(posterior: Any, half: int) -> list[tuple[Tensor, Tensor | None]]:
-    halves = []
-    for _ in range(2):
-        h = Samples(posterior, half, pathwise=False).draw()
-        layers = posterior.layer_means(h) if has_methods(posterior, "layer_means") else pytree.tree_leaves(h)
-        halves.append([_double(layer).mean(0) for layer in layers])
-    means: list[tuple[Tensor, Tensor | None]] = [(_rows(a), _rows(b)) for a, b in zip(*halves, strict=True)]
-    exact = _exact_mean(posterior)
-    if exact is not None and exact.shape == halves[0][0].shape and bool(exact.isfinite().all()):
-        means[0] = _rows(_double(exact)), None
-    return means
-
-
-def _exact_mean(posterior: Any) -> Tensor | None:
-    try:
-        leaves = pytree.tree_leaves(getattr(posterior, "mean", None))
-    except NotImplementedError:  # of torch distributions that know none
-        return None
-    return leaves[0] if leaves and isinstance(leaves[0], Tensor) else None
-
-
-def _rows(means: Tensor) -> Tensor:
-    return means.reshape(len(means), -1)
-
-
-def _double(value: Tensor) -> Tensor:
-    return (value.cpu() if value.device.type == "mps" else value).double()  # mps has no float64
-
-
-def _rows_and_device(x: Any) -> tuple[int, torch.device]:
-    leaves = pytree.tree_leaves(x)
-    lengths = {len(leaf) if isinstance(leaf, Tensor) and leaf.ndim else None for leaf in leaves}
-    strange = {type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)}
-    if strange:
-        raise ValueError(
-            f"x must be a tensor, or a tuple, list or dict of tensors, with one row for each data point, got "
-            f"{', '.join(sorted(strange))}: of a loader evaluate each batch, and join them by Evaluation.concatenate"
-        )
-    if len(lengths) != 1 or None in lengths:
-        found = ", ".join("none" if n is None else str(n) for n in lengths) or "nothing"
-        raise ValueError(f"the tensors of x must have one row for each data point, all of them, got rows of {found}")
-    if not len(leaves[0]):
-        raise ValueError("x has no data points")
-    return len(leaves[0]), leaves[0].device
-
-
-def _batches(x: Any, size: int) -> Iterator[Any]:
-    for start in range(0, _rows_and_device(x)[0], size):
-        yield pytree.tree_map(lambda part, i=start: part[i : i + size], x)
 
 
 def _plain(value: Any) -> float | int | None:

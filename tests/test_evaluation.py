@@ -28,11 +28,10 @@ from mcobjectives.evaluation import (
     evaluate,
     layer_activity,
     mean_covariance,
-    pareto_khat,
     pca_active_units,
     posterior_means,
-    tail_length,
 )
+from mcobjectives.pareto import pareto_khat, tail_length
 from mcobjectives.reductions import effective_sample_size, log_mean_exp
 from mcobjectives.sampling import Samples
 
