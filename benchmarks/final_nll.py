@@ -19,13 +19,14 @@ from typing import Any
 import torch
 
 from mcobjectives.evaluation import evaluate
-from mcobjectives_examples.cells import test_images
 from mcobjectives_examples.config import Config, canonical
-from mcobjectives_examples.datasets import Dataset, load
+from mcobjectives_examples.datasets import load
+from mcobjectives_examples.evaluating import test_images
 from mcobjectives_examples.files import write_json
 from mcobjectives_examples.precision import set_precision
 from mcobjectives_examples.presets import Preset, get_preset
 from mcobjectives_examples.provenance import provenance
+from mcobjectives_examples.sources import Dataset
 from mcobjectives_examples.training import Trainer
 
 WAYS = {

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mcobjectives_examples.cells import test_images
 from mcobjectives_examples.config import Config, canonical
 from mcobjectives_examples.datasets import load
+from mcobjectives_examples.evaluating import test_images
 from mcobjectives_examples.files import write_json
 from mcobjectives_examples.models import PaperModel
 from mcobjectives_examples.precision import products

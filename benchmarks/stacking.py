@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from mcobjectives_examples.config import Config
-from mcobjectives_examples.datasets import Dataset
 from mcobjectives_examples.engine import Engine, make_step, pick_device
 from mcobjectives_examples.files import write_json
 from mcobjectives_examples.presets import get_preset
 from mcobjectives_examples.provenance import provenance
+from mcobjectives_examples.sources import Dataset
 from mcobjectives_examples.stacking import Stack
 from mcobjectives_examples.training import Trainer
 

@@ -312,7 +312,7 @@ def presets() -> str:
 
 def datasets() -> str:
     """The data sets that the tables are made of."""
-    from mcobjectives_examples.datasets import DATASETS
+    from mcobjectives_examples.sources import DATASETS
 
     lines = []
     for s in DATASETS.values():

@@ -28,12 +28,14 @@ from mcobjectives.likelihoods import discretised_logistic_log_likelihood
 from mcobjectives.objective import Objective
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples import checkpoints, files
-from mcobjectives_examples.cells import EVALUATION_SEED, describe, random_rows
-from mcobjectives_examples.datasets import DATASETS, load
+from mcobjectives_examples.cells import describe
+from mcobjectives_examples.datasets import load
 from mcobjectives_examples.downloads import DataError, MissingDataError, data_dir
 from mcobjectives_examples.engine import pick_device
+from mcobjectives_examples.evaluating import EVALUATION_SEED, random_rows
 from mcobjectives_examples.presets import Preset
 from mcobjectives_examples.provenance import provenance
+from mcobjectives_examples.sources import DATASETS
 
 LEVELS = {"digits": 17, "mnist": 256, "fashion_mnist": 256, "cifar10": 256}
 ADAM: dict[str, Any] = {"one_cycle": True, "eps": 1e-8}

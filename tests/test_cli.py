@@ -17,7 +17,7 @@ import torch
 
 from mcobjectives import cli
 from mcobjectives.cli import reproduction
-from mcobjectives_examples import checkpoints, datasets
+from mcobjectives_examples import checkpoints, downloads, sources
 from mcobjectives_examples.paper import paper
 
 COMMANDS = ("reproduce", "train", "evaluate", "figure", "report", "objectives", "data", "check")
@@ -120,9 +120,9 @@ def test_a_data_file_that_is_not_the_official_one_is_marked(mcobj, tmp_path):
 
 
 def test_a_download_that_fails_is_told_and_is_a_failure(mcobj, tmp_path, monkeypatch):
-    nobody = dataclasses.replace(datasets.DATASETS["omniglot"], url="http://127.0.0.1:9/")
-    monkeypatch.setitem(datasets.DATASETS, "omniglot", nobody)
-    monkeypatch.setattr(datasets.downloads, "PAUSE_S", 0.0)
+    nobody = dataclasses.replace(sources.DATASETS["omniglot"], url="http://127.0.0.1:9/")
+    monkeypatch.setitem(sources.DATASETS, "omniglot", nobody)
+    monkeypatch.setattr(downloads, "PAUSE_S", 0.0)
     monkeypatch.setenv("COLUMNS", "400")
     status, out, err = mcobj("data", "omniglot", "--download", "--data-dir", tmp_path)
     assert status == 1 and "127.0.0.1:9/chardata.mat" in out and "refused" in out and "Traceback" not in err
@@ -500,7 +500,7 @@ def test_a_folder_of_logs_that_cannot_be_written(mcobj, tmp_path):
 @pytest.mark.slow
 def test_real_binarized_mnist_is_read_trained_on_evaluated_and_recorded(mcobj, tmp_path):
     folder = REAL_DATA or Path(__file__).parents[2] / "shared" / "data"
-    files = [Path(folder) / file.path for file in datasets.DATASETS["binarized_mnist"].files]
+    files = [Path(folder) / file.path for file in sources.DATASETS["binarized_mnist"].files]
     if not all(file.is_file() for file in files):
         pytest.skip(f"no real data: {files[0].name} is neither in MCOBJECTIVES_DATA nor in ../shared/data")
     fast = ["--set", "passes=1", "--set", "nll_k=100", "--set", "test_images=200", "--device", "cpu"]

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from mcobjectives_examples import datasets, downloads
+from mcobjectives_examples import datasets, downloads, sources
 from mcobjectives_examples.amat import parse_amat
 from mcobjectives_examples.binarisation import MODES, binarise, test_set
-from mcobjectives_examples.datasets import DATASETS, Dataset, load
+from mcobjectives_examples.datasets import load
 from mcobjectives_examples.downloads import DataError, MissingDataError, data_dir
 from mcobjectives_examples.files import whole_file
+from mcobjectives_examples.sources import DATASETS, Dataset
 
 SIZES = (4, 3)
 SHAPE = (2, 3)
@@ -39,7 +40,7 @@ def tiny(monkeypatch):
 
     def shrink(name, **changes):
         source = DATASETS[name]
-        files = tuple(datasets.SourceFile(file.path) for file in source.files)
+        files = tuple(sources.SourceFile(file.path) for file in source.files)
         small = dataclasses.replace(source, shape=SHAPE, sizes=SIZES, files=files)
         monkeypatch.setitem(DATASETS, name, dataclasses.replace(small, **changes))
         return DATASETS[name]
@@ -330,7 +331,7 @@ def test_bgs16s_omniglot_is_transposed_and_any_other_is_not(tiny, tmp_path):
     assert other.files[0].verified is None
 
     official = f"git-blob:{downloads.file_digest(path, 'git-blob')}"
-    tiny("omniglot", files=(datasets.SourceFile(source.files[0].path, official),))
+    tiny("omniglot", files=(sources.SourceFile(source.files[0].path, official),))
     own = load("omniglot", tmp_path)
     assert np.array_equal(torch.cat([own.train, own.test]), images)
     assert own.source == "chardata.mat, BGS16's own file"

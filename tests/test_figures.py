@@ -14,10 +14,10 @@ from mcobjectives_examples.binarisation import test_set
 from mcobjectives_examples.cells import checkpoint_path
 from mcobjectives_examples.checkpoints import CheckpointError
 from mcobjectives_examples.config import Config
-from mcobjectives_examples.datasets import DATASETS
 from mcobjectives_examples.downloads import DataError
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.presets import get_preset
+from mcobjectives_examples.sources import DATASETS
 from mcobjectives_examples.training import Interrupted
 
 CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ import torch
 from torch.nn.functional import binary_cross_entropy
 
 from mcobjectives.evaluation import evaluate, layer_activity
-from mcobjectives_examples import cells
-from mcobjectives_examples.cells import evaluate_model, evaluate_pruned, reconstruction_error
+from mcobjectives_examples import evaluating
+from mcobjectives_examples.evaluating import evaluate_model, evaluate_pruned, reconstruction_error
 from mcobjectives_examples.models import PaperModel
 from mcobjectives_examples.presets import get_preset
 from mcobjectives_examples.pruning import pruned
@@ -141,7 +141,7 @@ def log_p_at_zero(model, x):
 
 def compared(x):
     """The images on which a model is compared with its pruned one: a quarter of them."""
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(cells.EVALUATION_SEED))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(evaluating.EVALUATION_SEED))
     return order[: len(x) // 4]
 
 
@@ -166,14 +166,14 @@ def test_a_layer_without_active_units_leaves_the_other():
     [first, second] = layer_activity(model, x)
     assert (len(first.units), second.units) == (5, [])
     metrics = evaluate_model(model, x, PRESET)
-    torch.manual_seed(cells.EVALUATION_SEED)
+    torch.manual_seed(evaluating.EVALUATION_SEED)
     expected = evaluate(pruned(model, [[0, 1, 2, 3, 4], []]), x[compared(x)], k=200)
     assert metrics["nll_pruned"] == pytest.approx(expected.nll, rel=1e-12)
     assert all(value is None or math.isfinite(value) for value in metrics.values() if not isinstance(value, list))
 
 
 def test_the_pruned_model_is_compared_on_the_very_images(monkeypatch):
-    monkeypatch.setattr(cells, "PRUNED_IMAGES", 3)
+    monkeypatch.setattr(evaluating, "PRUNED_IMAGES", 3)
     model, x = model_of([5]), data()
     with torch.no_grad():
         model.encoder[0].mean.weight.zero_()
@@ -192,7 +192,7 @@ def test_where_every_unit_is_active_nothing_is_evaluated_again(monkeypatch):
     model, x = model_of([5, 4]), data()
     layers, evaluation = layer_activity(model, x), evaluate(model, x, k=20)
     assert [layer.active for layer in layers] == [5, 4]
-    monkeypatch.setattr(cells, "evaluate", None)
+    monkeypatch.setattr(evaluating, "evaluate", None)
     found = evaluate_pruned(model, x, layers, evaluation, len(x), lambda done: None)
     assert found["nll_pruned"] == found["nll_unpruned_same_images"] == pytest.approx(evaluation.nll)
     assert found["nll_pruned_stderr"] == 0
@@ -201,7 +201,7 @@ def test_where_every_unit_is_active_nothing_is_evaluated_again(monkeypatch):
 def test_pruning_moves_no_other_number():
     model, x = model_of([5]), data()
     whole = evaluate_model(model, x, PRESET)
-    torch.manual_seed(cells.EVALUATION_SEED)
+    torch.manual_seed(evaluating.EVALUATION_SEED)
     assert evaluate(model, x, k=200).to_dict().items() <= whole.items()
 
 

@@ -9,15 +9,16 @@ import torch
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples import render
 from mcobjectives_examples.cells import passes_done, recorded, result_path, run_cell
-from mcobjectives_examples.cells import test_images as images_of
 from mcobjectives_examples.checkpoints import CheckpointError
-from mcobjectives_examples.datasets import DATASETS, default_binarisation, load
+from mcobjectives_examples.datasets import default_binarisation, load
 from mcobjectives_examples.downloads import DataError
 from mcobjectives_examples.estimates import estimate_seconds
+from mcobjectives_examples.evaluating import test_images as images_of
 from mcobjectives_examples.files import write_json
 from mcobjectives_examples.findings import findings
 from mcobjectives_examples.paper import paper, table
 from mcobjectives_examples.presets import get_preset
+from mcobjectives_examples.sources import DATASETS
 from mcobjectives_examples.tables import configurations, protocols, rows, with_results
 from mcobjectives_examples.training import Trainer
 

@@ -10,7 +10,7 @@ import torch
 from mcobjectives_examples.downloads import DataError
 
 if TYPE_CHECKING:
-    from mcobjectives_examples.datasets import Dataset
+    from mcobjectives_examples.sources import Dataset
 
 MODES = ("fixed", "once", "epoch")
 TEST_SEED = 150900519

@@ -12,9 +12,9 @@ import numpy as np
 from mcobjectives_examples import files
 from mcobjectives_examples.cells import describe
 from mcobjectives_examples.config import Config
-from mcobjectives_examples.datasets import Dataset
 from mcobjectives_examples.figures import Content, LatentSpace, Reconstruction
 from mcobjectives_examples.provenance import provenance
+from mcobjectives_examples.sources import Dataset
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,12 +8,12 @@ import torch
 
 from mcobjectives.context import generators_at, rng_state
 from mcobjectives.evaluation import evaluate
-from mcobjectives_examples.cells import test_images
 from mcobjectives_examples.config import Config, training_objective
-from mcobjectives_examples.datasets import Dataset
 from mcobjectives_examples.engine import Engine, fastest, flat_adam, make_step
+from mcobjectives_examples.evaluating import test_images
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.precision import set_precision
+from mcobjectives_examples.sources import Dataset
 
 
 def estimate_seconds(done: Mapping[Config, int], dataset: Dataset, device: torch.device) -> float:

@@ -14,14 +14,15 @@ from torch.distributions import Normal
 from mcobjectives.evaluation import posterior_means
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples.binarisation import test_set
-from mcobjectives_examples.cells import OnProgress, passes, reconstructions, trainer_of
+from mcobjectives_examples.cells import passes, trainer_of
 from mcobjectives_examples.config import Config, canonical
-from mcobjectives_examples.datasets import Dataset
+from mcobjectives_examples.evaluating import OnProgress, reconstructions
 from mcobjectives_examples.labels import class_names, test_labels
 from mcobjectives_examples.models import PaperModel
 from mcobjectives_examples.precision import set_precision
 from mcobjectives_examples.presets import Preset, capped
 from mcobjectives_examples.render import counted
+from mcobjectives_examples.sources import Dataset
 
 SIDE = 20
 """Images along one side of the manifold."""

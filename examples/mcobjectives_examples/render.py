@@ -8,9 +8,10 @@ from typing import Any
 
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples import blocks
-from mcobjectives_examples.datasets import DATASETS, default_binarisation, vouched
+from mcobjectives_examples.datasets import default_binarisation, vouched
 from mcobjectives_examples.findings import Finding
 from mcobjectives_examples.paper import table
+from mcobjectives_examples.sources import DATASETS
 from mcobjectives_examples.tables import Row
 from mcobjectives_examples.verdicts import LEAST_SEEDS, NOISE
 

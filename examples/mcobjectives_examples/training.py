@@ -16,7 +16,6 @@ from torch import Tensor
 from mcobjectives_examples import checkpoints
 from mcobjectives_examples.binarisation import binarise
 from mcobjectives_examples.config import Config, training_objective
-from mcobjectives_examples.datasets import Dataset
 from mcobjectives_examples.engine import (
     ENGINES,
     Engine,
@@ -29,6 +28,7 @@ from mcobjectives_examples.engine import (
 )
 from mcobjectives_examples.logs import Log
 from mcobjectives_examples.models import PaperModel, paper_model
+from mcobjectives_examples.sources import Dataset
 
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
 

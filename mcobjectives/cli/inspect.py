@@ -52,8 +52,9 @@ def data(
     from rich.markup import escape
 
     from mcobjectives.cli.show import console, grid
-    from mcobjectives_examples.datasets import DATASETS, status, vouched
+    from mcobjectives_examples.datasets import status, vouched
     from mcobjectives_examples.downloads import data_dir as folder_of
+    from mcobjectives_examples.sources import DATASETS
 
     if as_json or download:  # whose own bars show how far it is
         rows = status(data_dir, names, download=download)

@@ -18,24 +18,24 @@ from mcobjectives.specs import parse_objective
 from mcobjectives_examples import checkpoints, drawing, figures, files, render
 from mcobjectives_examples.cells import (
     Place,
-    evaluate_model,
     passes,
     passes_done,
     recorded,
     run_cell,
-    test_images,
     trainer_of,
 )
 from mcobjectives_examples.config import Config
-from mcobjectives_examples.datasets import Dataset, load
+from mcobjectives_examples.datasets import load
 from mcobjectives_examples.engine import pick_device, require_engine
 from mcobjectives_examples.estimates import estimate_seconds
+from mcobjectives_examples.evaluating import evaluate_model, test_images
 from mcobjectives_examples.findings import findings
 from mcobjectives_examples.logs import Log, require_tensorboard, tensorboard_log
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.paper import paper
 from mcobjectives_examples.presets import Preset
 from mcobjectives_examples.side_by_side import run_side_by_side
+from mcobjectives_examples.sources import Dataset
 from mcobjectives_examples.stacking import pays, stacks, train_together
 from mcobjectives_examples.tables import Row, configurations, protocols, rows, with_results
 from mcobjectives_examples.training import Interrupted
