@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from mcobjectives import cli
-from mcobjectives.cli import reproduction
+from mcobjectives.cli import models
 from mcobjectives_examples import checkpoints, downloads, sources
 from mcobjectives_examples.paper import paper
 
@@ -569,13 +569,13 @@ def test_ctrl_c_ends_an_evaluation_after_its_batch(mcobj, tmp_path, monkeypatch)
     mcobj("train", *QUICK, "--objective", "vae", "--out", tmp_path)
     [checkpoint] = tmp_path.glob("*.pt")
     before = checkpoint.read_bytes()
-    evaluate = reproduction.evaluate_model
+    evaluate = models.evaluate_model
 
     def interrupted(*arguments):
         signal.raise_signal(signal.SIGINT)
         return evaluate(*arguments)
 
-    monkeypatch.setattr(reproduction, "evaluate_model", interrupted)
+    monkeypatch.setattr(models, "evaluate_model", interrupted)
     status, out, err = mcobj("evaluate", checkpoint, "--k", 5)
     assert status == 130 and not out and "stopping after this batch" in err and "Traceback" not in err
     assert checkpoint.read_bytes() == before and len(list(tmp_path.iterdir())) == 2

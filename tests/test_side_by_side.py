@@ -60,7 +60,7 @@ def alone(configs, out):
     torch.set_num_threads(max(1, before // 2))
     try:
         for config in configs:
-            run_cell(config, load(config.dataset), out, CPU, engine="eager")
+            run_cell(config, load(config.dataset), Place(out, CPU, engine="eager"))
         return torch.get_num_threads()
     finally:
         torch.set_num_threads(before)

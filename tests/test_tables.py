@@ -8,7 +8,7 @@ import torch
 
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples import render
-from mcobjectives_examples.cells import passes_done, recorded, result_path, run_cell
+from mcobjectives_examples.cells import Place, passes_done, recorded, result_path, run_cell
 from mcobjectives_examples.checkpoints import CheckpointError
 from mcobjectives_examples.datasets import default_binarisation, load
 from mcobjectives_examples.downloads import DataError
@@ -183,12 +183,12 @@ def test_a_first_stage_of_other_settings_than_the_recorded_one_is_refused(digits
     """As a figure's model may be that was trained beside the records: the second stage would not be the caption's."""
     row = rows(10, TINY, dataset="digits", cap=2)[0]
     [first], [second] = row.first_stages, row.configs
-    run_cell(first, digits, tmp_path, CPU)
+    run_cell(first, digits, Place(tmp_path, CPU))
     (tmp_path / f"{first.name}.pt").unlink()
     other = dataclasses.replace(first, preset=TINY.with_passes(2))
     Trainer(other, digits, CPU, tmp_path / f"{first.name}.pt").run()
     for run in (
-        lambda: run_cell(second, digits, tmp_path, CPU),
+        lambda: run_cell(second, digits, Place(tmp_path, CPU)),
         lambda: passes_done(tmp_path, [second], digits.checksum),
     ):
         with pytest.raises(CheckpointError, match=r"trained with other settings than .*move both away"):
@@ -584,7 +584,7 @@ def config():
 
 
 def test_a_result_tells_where_it_comes_from(config, digits, tmp_path):
-    found = run_cell(config, digits, tmp_path, CPU)
+    found = run_cell(config, digits, Place(tmp_path, CPU))
     assert json.loads(result_path(tmp_path, config).read_text()) == found
     assert found["config"] == config.to_dict(digits.checksum) and found["config"]["seed"] == 0
     assert found["data"]["sha256"] == digits.checksum and found["data"]["test"] == 297
@@ -596,7 +596,7 @@ def test_a_result_tells_where_it_comes_from(config, digits, tmp_path):
     numbers = ("log_p_x_given_h", "kl_prior", "kl_posterior", "nll_pruned", "nll_unpruned_same_images")
     assert all(math.isfinite(found["metrics"][name]) for name in (*numbers, "reconstruction_error"))
     assert found["metrics"]["pruned_images"] == 75
-    assert run_cell(config, digits, tmp_path, CPU) == found  # and is not run again
+    assert run_cell(config, digits, Place(tmp_path, CPU)) == found  # and is not run again
 
 
 def test_a_subset_of_the_test_images_is_drawn_from_all_of_them_and_the_same_in_every_run(config, digits):
@@ -627,7 +627,7 @@ def test_a_result_of_other_settings_is_refused_and_kept(config, digits, tmp_path
     assert recorded(tmp_path, config)["metrics"]["nll"] == 88.0
     result_path(tmp_path, config).write_bytes(before)
     with pytest.raises(CheckpointError, match=r"\(data_sha256\)"):
-        run_cell(config, digits, tmp_path, CPU)
+        run_cell(config, digits, Place(tmp_path, CPU))
     assert result_path(tmp_path, config).read_bytes() == before
 
 
@@ -651,11 +651,11 @@ def test_the_second_stage_starts_from_the_first_ones_parameters(digits, tmp_path
     row = rows(10, TINY, dataset="digits", cap=2)[0]
     [first], [second] = row.first_stages, row.configs
     with pytest.raises(CheckpointError, match="not a readable checkpoint"):
-        run_cell(second, digits, tmp_path, CPU)
-    run_cell(first, digits, tmp_path, CPU)
+        run_cell(second, digits, Place(tmp_path, CPU))
+    run_cell(first, digits, Place(tmp_path, CPU))
     trained = torch.load(tmp_path / f"{first.name}.pt", weights_only=True)["model"]
     frozen = dataclasses.replace(second, preset=dataclasses.replace(TINY, stages=((1, 0.0),)))
-    assert run_cell(frozen, digits, tmp_path, CPU)["config"]["after"] == first.objective
+    assert run_cell(frozen, digits, Place(tmp_path, CPU))["config"]["after"] == first.objective
     kept = torch.load(tmp_path / f"{second.name}.pt", weights_only=True)["model"]
     assert all(torch.equal(kept[name], trained[name]) for name in trained)
 
@@ -666,7 +666,7 @@ def test_the_second_stage_wants_its_own_finished_first_stage(digits, tmp_path):
     path = tmp_path / f"{first.name}.pt"
     Trainer(first, digits, CPU, path).save()
     with pytest.raises(CheckpointError, match="not trained to its end"):
-        run_cell(second, digits, tmp_path, CPU)
+        run_cell(second, digits, Place(tmp_path, CPU))
     Trainer(dataclasses.replace(first, seed=5), digits, CPU, path).save()
     with pytest.raises(CheckpointError, match="not the first stage"):
-        run_cell(second, digits, tmp_path, CPU)
+        run_cell(second, digits, Place(tmp_path, CPU))

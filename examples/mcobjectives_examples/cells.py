@@ -108,12 +108,20 @@ def first_stage(out: Path, config: Config, dataset_sha256: str) -> dict[str, Any
     return state
 
 
-def trainer_of(config: Config, dataset: Dataset, out: Path, device: torch.device, **options: Any) -> Trainer:
+def trainer_of(
+    config: Config,
+    dataset: Dataset,
+    place: Place,
+    *,
+    log: Log | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Trainer:
     """The cell's run: from its checkpoint, or for a second stage from the first one's, or from the beginning."""
-    trainer = Trainer(config, dataset, device, checkpoint_path(out, config), **options)
+    checkpoint = checkpoint_path(place.out, config)
+    trainer = Trainer(config, dataset, place.device, checkpoint, engine=place.engine, log=log, note=note)
     if not trainer.restore() and config.after is not None:
-        state = first_stage(out, config, dataset.checksum)
-        with checkpoints.readable(first_stage_path(out, config)):
+        state = first_stage(place.out, config, dataset.checksum)
+        with checkpoints.readable(first_stage_path(place.out, config)):
             trainer.model.load_state_dict(state["model"])
     return trainer
 
@@ -126,10 +134,8 @@ def passes(on_progress: OnProgress) -> Callable[[Progress], None]:
 def run_cell(
     config: Config,
     dataset: Dataset,
-    out: Path,
-    device: torch.device,
+    place: Place,
     *,
-    engine: str = "auto",
     on_progress: OnProgress = lambda what, done, total: None,
     stop: Callable[[], bool] = lambda: False,
     log: Log | None = None,
@@ -139,11 +145,11 @@ def run_cell(
 
     `note` is told how the steps are executed, and why; `log` each training statistic after each pass, and the metrics.
     """
-    found = recorded(out, config, dataset.checksum)
+    found = recorded(place.out, config, dataset.checksum)
     if found is not None:
         return found
     surroundings = provenance()  # as the run starts: the checkout may move on while it trains
-    trainer = trainer_of(config, dataset, out, device, engine=engine, log=log, note=note)
+    trainer = trainer_of(config, dataset, place, log=log, note=note)
     trainer.run(passes(on_progress), stop)
     began = time.monotonic()
     with or_interrupted(stop):
@@ -161,7 +167,7 @@ def run_cell(
         "seconds": {"train": round(trainer.seconds, 2), "evaluate": round(time.monotonic() - began, 2)},
         "provenance": surroundings,
     }
-    write_json(result_path(out, config), result)
+    write_json(result_path(place.out, config), result)
     return result
 
 

@@ -14,7 +14,7 @@ from torch.distributions import Normal
 from mcobjectives.evaluation import posterior_means
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples.binarisation import test_set
-from mcobjectives_examples.cells import passes, trainer_of
+from mcobjectives_examples.cells import Place, passes, trainer_of
 from mcobjectives_examples.config import Config, canonical
 from mcobjectives_examples.evaluating import OnProgress, reconstructions
 from mcobjectives_examples.labels import class_names, test_labels
@@ -79,7 +79,7 @@ def trained(
     note: Callable[[str], None] = lambda text: None,
 ) -> PaperModel:
     """The configuration's model from its checkpoint in `runs`, trained to its end first where it is not."""
-    trainer = trainer_of(config, dataset, runs, device, note=note)
+    trainer = trainer_of(config, dataset, Place(runs, device), note=note)
     if trainer.epoch < config.preset.passes:
         trainer.run(passes(on_progress), stop)
     set_precision("highest")

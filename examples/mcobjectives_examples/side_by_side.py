@@ -155,9 +155,7 @@ def _work(connection: Connection, config: Config, place: Place, threads: int) ->
             run_cell(
                 config,
                 load(config.dataset, place.data_dir),
-                place.out,
-                place.device,
-                engine=place.engine,
+                place,
                 on_progress=report,
                 stop=stop,
                 log=log,

@@ -36,7 +36,7 @@ def figure(
 
     Beside the file a record FILE.json tells what it shows: models, numbers, data, versions. `mcobj report` takes it up.
     """
-    from mcobjectives.cli.reproduction import draw_figure
+    from mcobjectives.cli.models import draw_figure
     from mcobjectives_examples.presets import configured
 
     chosen, cap = configured(preset, overrides or [])

@@ -65,26 +65,24 @@ def reproduce(
     table shows which cells are missing.
     """
     from mcobjectives.cli.reproduction import reproduce_tables
+    from mcobjectives_examples.cells import Place
+    from mcobjectives_examples.engine import pick_device
     from mcobjectives_examples.presets import configured
 
     chosen, cap = configured(preset, overrides or [], precision)
     reproduce_tables(
         table,
         chosen,
+        Place(out or Path("runs") / chosen.name, pick_device(device), data_dir, engine, tensorboard),
         cap=cap,
         dataset=dataset,
         binarisation=binarisation,
         layers=layers,
         seeds=range(seeds),
-        out=out or Path("runs") / chosen.name,
-        data_dir=data_dir,
         download=download,
-        device=device,
-        engine=engine,
         stack=stack,
         jobs=jobs,
         run=run,
-        tensorboard=tensorboard,
         form="json" if as_json else "markdown" if as_markdown else "terminal",
     )
 
@@ -109,7 +107,8 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train one model with any installed objective, evaluate it, and record both."""
-    from mcobjectives.cli.reproduction import print_metrics, run_all
+    from mcobjectives.cli.models import print_metrics
+    from mcobjectives.cli.running import run_all
     from mcobjectives_examples.cells import Place
     from mcobjectives_examples.config import Config, canonical
     from mcobjectives_examples.datasets import load
@@ -141,7 +140,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate a checkpoint: NLL, KL to the posterior, active units, and how far the estimate can be trusted."""
-    from mcobjectives.cli.reproduction import evaluate_checkpoint, print_metrics
+    from mcobjectives.cli.models import evaluate_checkpoint, print_metrics
 
     name, result = evaluate_checkpoint(checkpoint, k, images, data_dir, download, device)
     if as_json:
