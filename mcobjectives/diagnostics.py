@@ -237,7 +237,7 @@ def _unbiased(objective: Any, model: Any, x: Any) -> Any:
     """The same objective with a gradient that is right by construction."""
     if not isinstance(objective, Objective):
         raise ValueError(f"{_label(objective)} is no Objective, so it tells no reference: pass reference=")
-    if type(objective).weights is Objective.weights:
+    if not objective.weighs_itself:
         gradient = "reparam" if _is_pathwise(model, x) else "vimco" if objective.k > 1 else "score"
         return replace(objective, gradient=gradient, backward_samples=None)
     # The weights are made of its parts': a Split.

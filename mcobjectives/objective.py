@@ -121,6 +121,11 @@ class Objective(ABC):
             _JUMPS[key] = slopes_jump(self.slopes, self.k)
         return _JUMPS[key]
 
+    @property
+    def weighs_itself(self) -> bool:
+        """Whether it is its own estimator, by a `weights` of its own."""
+        return type(self).weights is not Objective.weights
+
     def weights(self, log_w: Tensor) -> Weights:
         """The estimator's (a, c, s) at these log-weights."""
         return Weights(*self._estimator(self, log_w))
@@ -163,21 +168,21 @@ class Objective(ABC):
         samples = Samples(
             posterior,
             self.k,
-            pathwise=self._plan.path and torch.is_grad_enabled(),
+            pathwise=self.plan.path and torch.is_grad_enabled(),
             replay=self.chunk_size is not None,
         )
         if log_p is not None:
-            return BatchBound(self, self._plan, samples, log_p, posterior.log_prob)
+            return BatchBound(self, self.plan, samples, log_p, posterior.log_prob)
         likelihood, log_ratio = lambda h: model.log_likelihood(x, h), expected_log_ratio(model, posterior)
-        return BatchBound(self, self._plan, samples, likelihood, log_ratio)
+        return BatchBound(self, self.plan, samples, likelihood, log_ratio)
 
     def _check_samples(self, posterior: Any) -> None:
-        if self._plan.path and is_discrete(posterior) and has_rsample(posterior):
+        if self.plan.path and is_discrete(posterior) and has_rsample(posterior):
             warn_once(
                 f"h of {named(posterior)} is discrete, and a gradient straight through its samples is biased: "
                 "use gradient='vimco' for an unbiased one"
             )
-        if not self._plan.plain and moving_support(posterior):
+        if not self.plan.plain and moving_support(posterior):
             raise ModelError(
                 f"gradient={self.gradient!r} is wrong for {named(posterior)}, whose support moves with its "
                 "parameters: use gradient='reparam'"
@@ -188,9 +193,10 @@ class Objective(ABC):
         return plugins.get_estimator(self.gradient)
 
     @cached_property
-    def _plan(self) -> Plan:
+    def plan(self) -> Plan:
+        """Which terms of the surrogate the estimator calls for."""
         # "reparam" with the objective's own weights is plain differentiation of F: no surrogate is needed.
-        if self.gradient == "reparam" and type(self).weights is Objective.weights:
+        if self.gradient == "reparam" and not self.weighs_itself:
             return PLAIN
         try:
             return plan_of(self.weights, self.k)
@@ -209,7 +215,7 @@ class Objective(ABC):
         if self.backward_samples is not None and self.backward_samples > self.k:
             raise ValueError(f"backward_samples must be at most k = {self.k}, got {self.backward_samples}")
         require_number("kl_weight", self.kl_weight, lambda t: t >= 0, "a finite number of at least 0")
-        self._estimator, self._plan  # noqa: B018  an invalid pair of objective and estimator raises here, before any compute
+        self._estimator, self.plan  # noqa: B018  an invalid pair of objective and estimator raises here, before any compute
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

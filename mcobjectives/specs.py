@@ -9,6 +9,7 @@ import inspect
 import math
 import re
 import warnings
+from contextlib import suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -173,18 +174,12 @@ def _source(text: str, node: ast.expr) -> str:
 
 
 def _value(spec: str, text: str, option: str, node: ast.expr) -> Any:
-    sign: float = 1
-    inner = node
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-        sign, inner = (-1 if isinstance(node.op, ast.USub) else 1), node.operand
-    if isinstance(inner, ast.Constant):
-        value = inner.value
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return sign * value
-        if inner is node and (value is None or isinstance(value, bool | str)):
-            return value
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _names():
         return _build(spec, text, node.func.id, _registered(spec, node.func.id), node)
+    with suppress(ValueError):
+        value = ast.literal_eval(node)
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
     shown = _source(text, node)
     if isinstance(node, ast.Name) and shown.lower() in ("nan", "inf"):
         raise _error(spec, f"{option}={shown}: write a number (1e999 is infinite)")

@@ -364,10 +364,10 @@ def test_a_split_survives_samples_that_only_one_part_weights():
 
 
 def test_slopes_of_mixed_sign_take_two_evaluations_and_positive_ones_one():
-    assert not Jackknife(k=2, gradient="dreg")._plan.ratio
-    assert not Split(generative=IWAE(k=4), inference=MIWAE(2, 2))._plan.ratio
+    assert not Jackknife(k=2, gradient="dreg").plan.ratio
+    assert not Split(generative=IWAE(k=4), inference=MIWAE(2, 2)).plan.ratio
     for objective in (IWAE(k=4), Power(k=4, p=2.0), CIWAE(k=4), MIWAE(2, 2), LAlpha(k=4), VAE(k=4)):
-        assert replace(objective, gradient="dreg")._plan.ratio
+        assert replace(objective, gradient="dreg").plan.ratio
 
 
 class Counting(LinearGaussian):

@@ -130,7 +130,7 @@ def test_only_the_chosen_samples_are_attached_and_their_gradient_is_the_same(gra
     found_value, found = loss_gradient(objective, model, x)
     torch.testing.assert_close(found_value, value, rtol=0, atol=1e-12)
     assert_same(found, expected, 1e-12)
-    assert model.rows == ([2] if objective._plan.path else [])
+    assert model.rows == ([2] if objective.plan.path else [])
 
 
 def test_an_attach_that_moves_the_samples_is_refused():
@@ -184,7 +184,7 @@ class Widths(Model):
 def in_two_evaluations(objective):
     """The same estimator, with log p evaluated apart for theta and for h instead of by the ratio c / a."""
     twin = replace(objective)
-    twin.__dict__["_plan"] = replace(objective._plan, ratio=False)
+    twin.__dict__["plan"] = replace(objective.plan, ratio=False)
     return twin
 
 
@@ -197,7 +197,7 @@ def test_one_scaled_evaluation_equals_two(make, extra):
         if not objective.smooth:
             continue
         one = replace(objective, gradient="dreg", **extra)
-        if not one._plan.ratio:
+        if not one.plan.ratio:
             continue
         assert_same(loss_gradient(in_two_evaluations(one), model, x)[1], loss_gradient(one, model, x)[1], 1e-10)
 

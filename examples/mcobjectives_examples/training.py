@@ -58,8 +58,6 @@ class Progress:
 
     done: float  # passes
     passes: int
-    bound: float | None  # mean bound of the last whole pass, nats
-    engine: str
 
 
 OnStep = Callable[[Progress], None] | None
@@ -116,13 +114,7 @@ class Trainer:
 
     @property
     def progress(self) -> Progress:
-        last = self.history[-1] if self.history else None
-        return Progress(
-            self.epoch + self.step / self.steps_per_pass,
-            self.preset.passes,
-            last,
-            self.engine.name if self.engine else "",
-        )
+        return Progress(self.epoch + self.step / self.steps_per_pass, self.preset.passes)
 
     def run(self, on_step: OnStep = None, stop: Callable[[], bool] = lambda: False) -> None:
         """Train to the end of the preset; raises `Interrupted` after a checkpoint once `stop()` is true."""

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -38,7 +38,7 @@ def objectives(as_json: Json = False) -> None:
 
 def data(
     names: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Argument(help="Only these: digits, mnist, binarized_mnist, omniglot, fashion_mnist.", show_default="all"),
     ] = None,
     data_dir: DataDir = None,

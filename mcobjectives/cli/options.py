@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else, on stdout.")]
 DataDir = Annotated[
-    Optional[Path],  # noqa: UP045  typer on Python 3.11 reads this form in every version we allow
+    Path | None,
     typer.Option("--data-dir", help="Where the data sets are; else $MCOBJECTIVES_DATA, else a cache folder of yours."),
 ]
 Download = Annotated[bool, typer.Option("--download", help="Fetch a missing data set from its official address.")]
@@ -29,7 +29,7 @@ PresetName = Annotated[
     ),
 ]
 Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    list[str] | None,
     typer.Option(
         "--set",
         metavar="NAME=VALUE",
@@ -38,11 +38,11 @@ Overrides = Annotated[
     ),
 ]
 Dataset = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option(help="digits (built in), mnist, binarized_mnist, omniglot, fashion_mnist; default: the paper's."),
 ]
 Binarisation = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option(
         help="once (at the start of training), epoch (every pass), fixed (the data set is binary); reproduce: both "
         "(a table of once and one of epoch)."
@@ -50,13 +50,13 @@ Binarisation = Annotated[
 ]
 Out = Annotated[Path, typer.Option(help="Folder of results and checkpoints: what is there is not run again.")]
 Precision = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option(
         help="highest (float32), medium (TF32 on a GPU, bfloat16 products on a CPU, accumulated in float32), mixed "
         "(medium, and bfloat16 where no gradient is taken), or bf16 (bfloat16 products); default: the preset's."
     ),
 ]
 Tensorboard = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option(help="Write TensorBoard logs to this folder, each run to a folder of its own in it."),
 ]

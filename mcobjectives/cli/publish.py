@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -16,14 +16,14 @@ def figure(
         typer.Argument(help="2: latent space; 3: encoded and decoded; 4: the same in grey; 5: the manifold."),
     ],
     out: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="File to draw, .png or .svg.", show_default="figure-NUMBER.png in --runs"),
     ] = None,
     preset: PresetName = "smoke",
     dataset: Dataset = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the models.")] = 0,
     runs: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Folder of checkpoints: what is not there is trained.", show_default="runs/PRESET"),
     ] = None,
     overrides: Overrides = None,
@@ -59,7 +59,7 @@ def figure(
 def report(
     folder: Annotated[Path, typer.Argument(help="A folder of results, as mcobj reproduce and train write them.")],
     out: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Folder to write report.html and report.md to.", show_default="the folder of results"),
     ] = None,
 ) -> None:

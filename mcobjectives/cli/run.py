@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -29,10 +29,10 @@ def reproduce(
     preset: PresetName = "smoke",
     dataset: Dataset = None,
     binarisation: Binarisation = None,
-    layers: Annotated[Optional[list[int]], typer.Option(help="Only rows of so many stochastic layers.")] = None,  # noqa: UP045
+    layers: Annotated[list[int] | None, typer.Option(help="Only rows of so many stochastic layers.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Train every cell with so many seeds, from 0 up.")] = 1,
     out: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(
             help="Folder of results and checkpoints: what is there is not run again.", show_default="runs/PRESET"
         ),
@@ -133,7 +133,7 @@ def evaluate(
         Path, typer.Argument(help="A checkpoint (.pt) that mcobj wrote.", exists=True, dir_okay=False)
     ],
     k: Annotated[int, typer.Option(min=1, help="Samples of the importance-weighted estimate of log p(x).")] = 5000,
-    images: Annotated[Optional[int], typer.Option(min=2, help="Evaluate on so many random test images.")] = None,  # noqa: UP045
+    images: Annotated[int | None, typer.Option(min=2, help="Evaluate on so many random test images.")] = None,
     data_dir: DataDir = None,
     download: Download = False,
     device: Device = "auto",

@@ -90,9 +90,7 @@ class ObjectiveELBO(ELBO):
     @property
     def _linear(self) -> bool:
         """Whether scales may go inside the weights: F is linear in them, and no score of a scaled q is taken."""
-        custom = type(self.objective).weights is not Objective.weights
-        scored = custom or self.objective.gradient not in ("reparam", "stl", "dreg")
-        return not (scored or self.objective.slopes_vary)
+        return not (self.objective.weighs_itself or self.objective.plan.score or self.objective.slopes_vary)
 
     def _get_trace(self, *args: Any) -> NoReturn:
         raise NotImplementedError("ObjectiveELBO has no traces: use loss, differentiable_loss or loss_and_grads")
