@@ -18,8 +18,21 @@ from mcobjectives.objective import Objective
 from mcobjectives.reductions import log_mean_exp, log_median, log_power_mean, logsumexp_of_others, mean_of_others
 
 
+class _Mean(Objective):
+    """F = (1/k) sum_i l_i."""
+
+    def reduce(self, log_w: Tensor) -> Tensor:
+        return log_w.mean(0)
+
+    def slopes(self, log_w: Tensor) -> Tensor:
+        return torch.full_like(log_w, 1 / log_w.shape[0])
+
+    def curvatures(self, log_w: Tensor) -> Tensor:
+        return torch.zeros_like(log_w)
+
+
 @dataclass(frozen=True)
-class VAE(Objective):
+class VAE(_Mean):
     """The evidence lower bound: F = (1/k) sum_i l_i (Kingma & Welling 2014).
 
     With `analytic_kl=True`, log p(h) - log q(h | x) is replaced by -KL(q(h | x) || p(h)) in closed form, for one
@@ -33,15 +46,6 @@ class VAE(Objective):
 
     k: int = 1
     analytic_kl: bool = False
-
-    def reduce(self, log_w: Tensor) -> Tensor:
-        return log_w.mean(0)
-
-    def slopes(self, log_w: Tensor) -> Tensor:
-        return torch.full_like(log_w, 1 / log_w.shape[0])
-
-    def curvatures(self, log_w: Tensor) -> Tensor:
-        return torch.zeros_like(log_w)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,7 +141,7 @@ class Median(Objective):
 
 
 @dataclass(frozen=True)
-class LAlpha(Objective):
+class LAlpha(_Mean):
     """L_alpha = E log p(x | h) - alpha KL(q(h | x) || p(h)) (Arnal, Lee & Pezzotti 2021; the beta-VAE's objective).
 
     It is the VAE on log-weights whose term log p(h) - log q(h | x) is weighted by alpha, so the model must give
@@ -155,15 +159,6 @@ class LAlpha(Objective):
     @property
     def tempering(self) -> float:
         return self.alpha * self.kl_weight
-
-    def reduce(self, log_w: Tensor) -> Tensor:
-        return log_w.mean(0)
-
-    def slopes(self, log_w: Tensor) -> Tensor:
-        return torch.full_like(log_w, 1 / log_w.shape[0])
-
-    def curvatures(self, log_w: Tensor) -> Tensor:
-        return torch.zeros_like(log_w)
 
     def __post_init__(self) -> None:
         require_number("alpha", self.alpha, lambda alpha: alpha >= 0, "a finite number of at least 0")

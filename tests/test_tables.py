@@ -19,7 +19,7 @@ from mcobjectives_examples.findings import findings
 from mcobjectives_examples.paper import paper, table
 from mcobjectives_examples.presets import get_preset
 from mcobjectives_examples.sources import DATASETS
-from mcobjectives_examples.tables import configurations, protocols, rows, with_results
+from mcobjectives_examples.tables import binarisations, configurations, rows, with_results
 from mcobjectives_examples.training import Trainer
 
 CPU = torch.device("cpu")
@@ -201,12 +201,12 @@ def test_a_protocol_that_is_none_is_refused_whatever_the_data(dataset):
     for number in TABLES:
         for strict in (True, False):
             with pytest.raises(DataError, match="unknown binarisation 'epch': choose from fixed, once, epoch"):
-                protocols(number, dataset, "epch", strict=strict)
+                binarisations(number, dataset, "epch", strict=strict)
     with pytest.raises(DataError, match="'fixed' needs pixels that are 0 or 1"):
-        protocols("2", None, "fixed", strict=False)
+        binarisations("2", None, "fixed", strict=False)
     with pytest.raises(DataError, match="'once' would change nothing"):
-        protocols("1", None, "once", strict=True)
-    assert protocols("1", None, "once", strict=False) == [None] and protocols("1", None, "fixed", strict=True)
+        binarisations("1", None, "once", strict=True)
+    assert binarisations("1", None, "once", strict=False) == [None] and binarisations("1", None, "fixed", strict=True)
 
 
 # Findings.

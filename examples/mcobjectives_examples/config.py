@@ -47,7 +47,7 @@ class Config:
         return cls(**kept, preset=Preset(**preset), latent=record.get("latent"))
 
     @property
-    def protocol(self) -> Config:
+    def unworded(self) -> Config:
         """The configuration without its preset's description, which may be reworded between two runs."""
         return replace(self, preset=replace(self.preset, about=""))
 
@@ -84,7 +84,7 @@ def comparable(record: dict[str, Any]) -> dict[str, Any]:
     What an older version left out has its default.
     """
     try:
-        return Config.from_dict(record).protocol.to_dict(record["data_sha256"])
+        return Config.from_dict(record).unworded.to_dict(record["data_sha256"])
     except (KeyError, TypeError, ValueError):  # of something else: it is compared as it stands
         return record
 

@@ -10,7 +10,7 @@ from mcobjectives.specs import parse_objective
 from mcobjectives_examples.blocks import Block, Chart, Table
 from mcobjectives_examples.charts import COLOURS, Line, line_chart
 from mcobjectives_examples.config import Config
-from mcobjectives_examples.metrics import cell_name, protocol
+from mcobjectives_examples.metric_tables import cell_name, run_as
 from mcobjectives_examples.records import Records, TableRun
 from mcobjectives_examples.render import HEADER
 from mcobjectives_examples.tables import Row
@@ -31,7 +31,7 @@ def other_learning_curves(records: Records, runs: Sequence[TableRun]) -> list[Bl
     groups: defaultdict[str, Records] = defaultdict(dict)
     for config, result in records.items():
         if config not in shown:
-            groups[protocol(config)][config] = result
+            groups[run_as(config)][config] = result
     return [chart for cells in groups.values() for chart in _by_depth(cells)]
 
 

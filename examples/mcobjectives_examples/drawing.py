@@ -14,14 +14,12 @@ from mcobjectives_examples.cells import describe
 from mcobjectives_examples.config import Config
 from mcobjectives_examples.figures import Content, LatentSpace, Reconstruction
 from mcobjectives_examples.provenance import provenance
+from mcobjectives_examples.results import FORMATS, record_path
 from mcobjectives_examples.sources import Dataset
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-FORMATS = {".png": "image/png", ".svg": "image/svg+xml"}
-"""The files that are drawn, by their suffix, and what they are to a browser."""
 
 
 def require_drawing(path: Path) -> None:
@@ -32,11 +30,6 @@ def require_drawing(path: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ImportError('mcobj figure needs: pip install "mcobjectives[figures]"') from error
-
-
-def record_path(path: Path) -> Path:
-    """Where a figure's record is."""
-    return path.with_name(f"{path.name}.json")
 
 
 def save(path: Path, content: Content, configs: Sequence[Config], dataset: Dataset) -> dict[str, Any]:

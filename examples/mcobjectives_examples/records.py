@@ -12,9 +12,8 @@ from typing import Any
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples import checkpoints
 from mcobjectives_examples.config import Config, canonical
-from mcobjectives_examples.drawing import FORMATS
 from mcobjectives_examples.paper import paper, table
-from mcobjectives_examples.results import read_result
+from mcobjectives_examples.results import FORMATS, read_result
 from mcobjectives_examples.tables import Row, filled, rows
 
 Records = dict[Config, dict[str, Any]]
@@ -39,7 +38,7 @@ def read(folder: Path) -> Records:
             config = Config.from_dict(result["config"])
             if config.name != path.stem:
                 raise checkpoints.CheckpointError(f"{path} is the result of {config.name}: rename it or move it away")
-            found[config.protocol] = result
+            found[config.unworded] = result
     return found
 
 
@@ -57,7 +56,7 @@ def table_runs(records: Records) -> list[TableRun]:
     numbers = list(paper()["tables"])
     runs = []
     shown: set[Config] = set()
-    for number, group in sorted(product(numbers, _protocols(records)), key=foreign):
+    for number, group in sorted(product(numbers, _groups(records)), key=foreign):
         found = _rows(number, group, records)
         recorded = {c for row in found for c in row.configs if c in records}
         if recorded and not (foreign((number, group)) and recorded <= shown):
@@ -66,7 +65,7 @@ def table_runs(records: Records) -> list[TableRun]:
     return sorted(runs, key=lambda run: numbers.index(run.number))
 
 
-def _protocols(records: Records) -> list[Config]:
+def _groups(records: Records) -> list[Config]:
     """One configuration of each data set, binarisation and preset, of the paper's models; without second stages."""
     first: dict[Any, Config] = {}
     for config in records:

@@ -9,11 +9,10 @@ from typing import Any
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples import blocks
 from mcobjectives_examples.datasets import default_binarisation, vouched
-from mcobjectives_examples.findings import Finding
 from mcobjectives_examples.paper import table
 from mcobjectives_examples.sources import DATASETS
 from mcobjectives_examples.tables import Row
-from mcobjectives_examples.verdicts import LEAST_SEEDS, NOISE
+from mcobjectives_examples.verdicts import LEAST_SEEDS, NOISE, Finding
 
 HEADER = ("L", "objective", "k", "NLL", "paper", "BGS16", "active", "PCA", "KL")
 TRUST_HEADER = ("ESS", "k-hat (too high for)")
@@ -131,7 +130,7 @@ def caption(table_rows: Sequence[Row], *, beside: bool = True) -> str:
     parts = [
         f"preset {preset.name}: {passes} (the paper's: {theirs}), batch {preset.batch_size}",
         counted(seeds[0], "seed") if len(seeds) == 1 else f"{seeds[0]} to {counted(seeds[-1], 'seed')}",
-        f"{config.dataset}, binarisation {_protocol(table_rows[0])}",
+        f"{config.dataset}, binarisation {_binarised(table_rows[0])}",
         f"NLL by IWAE-{preset.nll_k} on {images}, in nats{', with ours minus theirs' if beside else ''}",
     ]
     if beside:
@@ -169,7 +168,7 @@ def table_blocks(title: str, table_rows: Sequence[Row], found: Sequence[Finding]
     return shown
 
 
-def _protocol(row: Row) -> str:
+def _binarised(row: Row) -> str:
     ours = row.configs[0].binarisation
     if not row.on_papers_data:  # whose default, on a data set of somebody's own, is not known
         return ours

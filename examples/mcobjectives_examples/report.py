@@ -11,14 +11,14 @@ from typing import Any
 
 from mcobjectives_examples import checkpoints, curves, render
 from mcobjectives_examples.blocks import Block, Bullets, Picture, Section, Text, markdown_page
-from mcobjectives_examples.drawing import FORMATS, record_path
 from mcobjectives_examples.figures import FIGURES, Figure
 from mcobjectives_examples.files import write_atomically
 from mcobjectives_examples.findings import findings
-from mcobjectives_examples.metrics import metric_tables, unreliable
+from mcobjectives_examples.metric_tables import metric_tables, unreliable
+from mcobjectives_examples.origins import origin_blocks
 from mcobjectives_examples.paper import paper, table
-from mcobjectives_examples.protocols import protocol_blocks
 from mcobjectives_examples.records import Records, TableRun, missing, read, table_runs
+from mcobjectives_examples.results import FORMATS, record_path
 
 
 def write_report(folder: Path, out: Path) -> list[Path]:
@@ -57,7 +57,7 @@ def report(folder: Path, linked: bool = True) -> Section:
         drawn,
         Section("Every recorded cell", metric_tables(records)),
         Section("Not run", list(_not_run(runs, drawings))),
-        Section("Configuration and provenance", protocol_blocks(records)),
+        Section("Configuration and provenance", origin_blocks(records)),
     ]
     name = folder.resolve().name
     return Section(

@@ -1,4 +1,4 @@
-"""Recorded results: read with care, whatever a file of that name holds."""
+"""Recorded results: read with care, whatever a file of that name holds; and which files are figures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from typing import Any
 
 from mcobjectives_examples.checkpoints import CheckpointError, read_json
 
+FORMATS = {".png": "image/png", ".svg": "image/svg+xml"}
+"""The files that figures are drawn to, by their suffix, and what they are to a browser."""
 _OF_PRUNING = {"nll_pruned", "nll_unpruned_same_images", "nll_pruned_stderr"}
+
+
+def record_path(figure: Path) -> Path:
+    """Where a figure's record is."""
+    return figure.with_name(f"{figure.name}.json")
 
 
 def read_result(path: Path) -> dict[str, Any]:

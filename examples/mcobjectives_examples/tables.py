@@ -134,7 +134,9 @@ def rows(
     return found
 
 
-def protocols(number: int | str, dataset: str | None, binarisation: str | None, *, strict: bool) -> list[str | None]:
+def binarisations(
+    number: int | str, dataset: str | None, binarisation: str | None, *, strict: bool
+) -> list[str | None]:
     """The binarisations to run a table under: "both" is once and epoch. Binary data stay fixed unless `strict`.
 
     Raises `DataError` for a protocol that is none, or does not fit the data.

@@ -16,7 +16,7 @@ from mcobjectives_examples.findings import findings
 from mcobjectives_examples.paper import paper
 from mcobjectives_examples.presets import Preset
 from mcobjectives_examples.sources import Dataset
-from mcobjectives_examples.tables import Row, configurations, protocols, rows, with_results
+from mcobjectives_examples.tables import Row, binarisations, configurations, rows, with_results
 
 
 def reproduce_tables(
@@ -42,8 +42,8 @@ def reproduce_tables(
     tables: list[tuple[str, list[list[Row]], list[Config]]] = []  # the rows by one protocol or two, and all their cells
     for n in list(paper()["tables"]) if number == "all" else [number]:
         found = [
-            rows(n, preset, seeds=seeds, cap=cap, dataset=dataset, binarisation=protocol, layers=layers)
-            for protocol in protocols(n, dataset, binarisation, strict=number != "all")
+            rows(n, preset, seeds=seeds, cap=cap, dataset=dataset, binarisation=chosen, layers=layers)
+            for chosen in binarisations(n, dataset, binarisation, strict=number != "all")
         ]
         if found[0]:
             tables.append((n, found, configurations([row for by_protocol in found for row in by_protocol])))

@@ -15,7 +15,7 @@ from mcobjectives_examples.records import Records
 from mcobjectives_examples.render import machine, short_commit
 
 
-def protocol_blocks(records: Records) -> list[Block]:
+def origin_blocks(records: Records) -> list[Block]:
     """Presets, data sets with checksums, and versions, commits and machines of all results."""
     if not records:
         return []

@@ -45,11 +45,12 @@ def metric_tables(records: Records) -> list[Block]:
     """A table for each data set and protocol: a row for each cell and seed."""
     groups: defaultdict[str, Records] = defaultdict(dict)
     for config, result in records.items():
-        groups[protocol(config)][config] = result
+        groups[run_as(config)][config] = result
     return [_table(name, cells) for name, cells in groups.items()]
 
 
-def protocol(config: Config) -> str:
+def run_as(config: Config) -> str:
+    """What cells of one table have in common: data set, binarisation and preset."""
     return f"{config.dataset}, binarisation {config.binarisation}, preset {config.preset.name}"
 
 
