@@ -86,26 +86,32 @@ def curved(curvatures: Reduction, k: int) -> bool:
 
 
 def slopes_jump(slopes: Reduction, k: int) -> bool:
-    """Whether g jumps somewhere along some walks: each is halved, towards the larger change, until a jump is all left.
+    """Whether g jumps somewhere along some walks."""
+    return largest_jump(slopes, k) > 1e-6
 
-    However steep, the change of a continuous g shrinks with the interval; that of a median or a maximum stays.
+
+def largest_jump(function: Reduction, k: int, steps: int = 16) -> float:
+    """The largest jump of a function of log-weights `(k, n) -> (rows, n)` found along some walks of so many steps.
+
+    Each step is halved, towards the larger change, until a jump is all that is left: however steep, the change of a
+    continuous function shrinks with the interval; that of a median's slopes, or a maximum's, stays.
     """
-    low, high = _walks(k)
-    g_low, g_high = slopes(low), slopes(high)
+    low, high = _walks(k, steps)
+    at_low, at_high = function(low), function(high)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        g_middle = slopes(middle)
-        left = (g_middle - g_low).abs().amax(0) > (g_high - g_middle).abs().amax(0)
-        low, g_low = torch.where(left, low, middle), torch.where(left, g_low, g_middle)
-        high, g_high = torch.where(left, middle, high), torch.where(left, g_middle, g_high)
-    return bool((g_high - g_low).abs().max() > 1e-6)
+        at_middle = function(middle)
+        left = (at_middle - at_low).abs().amax(0) > (at_high - at_middle).abs().amax(0)
+        low, at_low = torch.where(left, low, middle), torch.where(left, at_low, at_middle)
+        high, at_high = torch.where(left, middle, high), torch.where(left, at_middle, at_high)
+    return float((at_high - at_low).abs().max())
 
 
-def _walks(k: int) -> tuple[Tensor, Tensor]:
-    """Where short straight walks through log-weight space start and end: `(k, walks)` each."""
+def _walks(k: int, steps: int = 16) -> tuple[Tensor, Tensor]:
+    """Where the steps of four straight walks through log-weight space start and end: `(k, 4 * steps)` each."""
     double: Any = {"dtype": torch.float64, "device": "cpu"}  # whatever the default device is
     generator = torch.Generator("cpu").manual_seed(0)
     start, end = torch.randn(2, k, 4, generator=generator, **double) * torch.tensor([1.0, 1.0, 3.0, 10.0], **double)
     end[:, 0] = start[:, 0].roll(1)  # whichever sample is the largest, or the middle one, it does not stay so
-    steps = start.unsqueeze(2) + (end - start).unsqueeze(2) * torch.linspace(0, 1, 17, **double)
-    return steps[..., :-1].reshape(k, -1), steps[..., 1:].reshape(k, -1)
+    at = start.unsqueeze(2) + (end - start).unsqueeze(2) * torch.linspace(0, 1, steps + 1, **double)
+    return at[..., :-1].reshape(k, -1), at[..., 1:].reshape(k, -1)

@@ -18,6 +18,9 @@ from mcobjectives.testing.sizes import first_possible, resized
 EXEMPTABLE = frozenset({"shift", "permutation", "one_sample", "bounds", "monotone"})
 """The properties that an objective may do without, if it says so: `exempt = frozenset({"permutation"})`."""
 
+_STEPS = 512
+"""Of each walk on which a jump is looked for: with so many even one of 1e-4 is found."""
+
 # Inputs.
 
 
@@ -236,35 +239,18 @@ def gradcheck(objective: Objective) -> None:
 
 def continuous(objective: Objective) -> None:
     generic = first_possible(objective, (5, 6, 7)) or objective
-    jump = _largest_jump(lambda log_w: generic.reduce(log_w).unsqueeze(0), generic.k)
+    jump = derivatives.largest_jump(lambda log_w: generic.reduce(log_w).detach().unsqueeze(0), generic.k, _STEPS)
     if jump > 1e-6:
         raise Broken(f"F jumps by {jump:.4g} between neighbouring log-weights")
 
 
 def smooth(objective: Objective) -> None:
     generic = first_possible(objective, (5, 6, 7)) or objective
-    jump = _largest_jump(generic.slopes, generic.k)
+    jump = derivatives.largest_jump(generic.slopes, generic.k, _STEPS)
     if objective.smooth and jump > 1e-6:
         raise Broken(f"the slopes dF/dlog w jump by {jump:.4g} between neighbouring log-weights, but smooth is True")
     if not objective.smooth and jump <= 1e-6:
         raise Broken("smooth = False is declared, but no jump of the slopes dF/dlog w is found")
-
-
-def _largest_jump(function: Callable[[Tensor], Tensor], k: int) -> float:
-    """The largest change of a function `(k, n) -> (rows, n)` over steps of 1e-10 on straight walks, by zooming in."""
-    largest = 0.0
-    for seed in range(3):
-        start, end = 2 * torch.randn(2, k, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        low, width = torch.linspace(0, 1, 257, dtype=torch.float64)[:-1], 1 / 256
-        change = torch.zeros(1)
-        for _ in range(5):
-            t = low.unsqueeze(1) + width * torch.linspace(0, 1, 33, dtype=torch.float64)
-            values = function(start + (end - start) * t.reshape(1, -1)).detach()
-            change = values.reshape(-1, *t.shape).diff(dim=2).abs().amax(0).flatten()
-            change, where = change.topk(16)
-            low, width = t[:, :-1].flatten()[where], width / 32
-        largest = max(largest, float(change[0]))
-    return largest
 
 
 def slopes(objective: Objective) -> None:
