@@ -1240,3 +1240,25 @@ def test_more_plate_dimensions_than_needed_change_nothing(layers):
         loss = IWAE(k=4, gradient="dreg")(pair, X)
         found.append((loss.detach(), *gradients(vae, loss).values()))
     close(found[1], found[0])
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_the_kit_leaves_an_automatic_guide_its_model(ran):
+
+
+    x = torch.randn(4, 1)
+
+    def program(x):
+        with pyro.plate("data", len(x)):
+            h = pyro.sample("h", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(h, 1.0), obs=x[:, 0])
+
+    pyro.clear_param_store()
+    guide = auto.AutoNormal(program)
+    if ran:
+        guide(x)
+    before = guide.model
+    found = {f.property: f for f in model_findings(PyroModel(program, guide), x, k=3)}
+    assert guide.model is before and found["methods"].passed, found
+    svi = pyro.infer.SVI(program, guide, pyro.optim.Adam({"lr": 0.01}), loss=pyro.infer.Trace_ELBO())
+    assert math.isfinite(svi.step(x))

@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 
 from mcobjectives.testing import model_promises as promises
 from mcobjectives.testing.model_promises import Subject
@@ -67,13 +68,29 @@ def model_findings(model: Any, x: Any, *, k: int = 4, seed: int = 0) -> list[Fin
     return findings
 
 
+def _deep_copy(model: Any, state: Any) -> tuple[Any, Any]:
+    """Copies of both. Pyro's automatic guides drop their model and master when they are copied: they are given back."""
+    parts = [
+        part for whole in (model, *vars(model).values()) if isinstance(whole, nn.Module) for part in whole.modules()
+    ]
+    dropped = [(part, name, vars(part)[name]) for part in parts for name in ("_model", "master") if name in vars(part)]
+    memo: dict[int, Any] = {}
+    try:
+        return copy.deepcopy((model, state), memo)
+    finally:
+        for part, name, value in dropped:
+            vars(part)[name] = value
+            if name == "_model" and id(part) in memo:
+                vars(memo[id(part)])[name] = copy.deepcopy(value, memo)
+
+
 @contextmanager
 def _copied(model: Any) -> Iterator[tuple[Any, bool]]:
     """A copy of the model, and whether it is one; inside, Pyro's parameters are copies too, where Pyro is used."""
     pyro = sys.modules.get("pyro")
     store = pyro.get_param_store() if hasattr(pyro, "get_param_store") else None  # type: ignore[union-attr]
     try:
-        twin, state = copy.deepcopy((model, store.get_state() if store is not None else None))
+        twin, state = _deep_copy(model, store.get_state() if store is not None else None)
     except Exception:  # what cannot be copied is used as it is
         yield model, False
         return
