@@ -79,10 +79,11 @@ def slopes_vary(slopes: Reduction, k: int) -> bool:
     return bool((low - high).abs().max() > 1e-12)
 
 
-def curved(curvatures: Reduction, k: int) -> bool:
-    """Whether any H_ii is not zero somewhere: near equal log-weights too, since steep slopes are flat elsewhere."""
-    somewhere = _walks(k)[0][:, :4]
-    return bool(curvatures(torch.cat([0 * somewhere[:, :1], 1e-3 * somewhere, somewhere], 1)).any())
+def differentiable_twice(reduce: Reduction, k: int) -> bool:
+    """Whether dF/dl has a graph of its own."""
+    with _differentiable(_walks(k)[0]) as leaf:
+        (g,) = torch.autograd.grad(reduce(leaf).sum(), leaf, create_graph=True)
+    return g.requires_grad
 
 
 def slopes_jump(slopes: Reduction, k: int) -> bool:
@@ -108,10 +109,11 @@ def largest_jump(function: Reduction, k: int, steps: int = 16) -> float:
 
 
 def _walks(k: int, steps: int = 16) -> tuple[Tensor, Tensor]:
-    """Where the steps of four straight walks through log-weight space start and end: `(k, 4 * steps)` each."""
+    """Where the steps of straight walks through log-weight space start and end: `(k, walks * steps)` each."""
     double: Any = {"dtype": torch.float64, "device": "cpu"}  # whatever the default device is
     generator = torch.Generator("cpu").manual_seed(0)
-    start, end = torch.randn(2, k, 4, generator=generator, **double) * torch.tensor([1.0, 1.0, 3.0, 10.0], **double)
+    scales = torch.tensor([1.0, 1.0, 3.0, 10.0, 30.0, 300.0], **double)
+    start, end = torch.randn(2, k, len(scales), generator=generator, **double) * scales
     end[:, 0] = start[:, 0].roll(1)  # whichever sample is the largest, or the middle one, it does not stay so
     at = start.unsqueeze(2) + (end - start).unsqueeze(2) * torch.linspace(0, 1, steps + 1, **double)
     return at[..., :-1].reshape(k, -1), at[..., 1:].reshape(k, -1)

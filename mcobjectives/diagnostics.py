@@ -243,6 +243,8 @@ def _unbiased(objective: Any, model: Any, x: Any) -> Any:
     # The weights are made of its parts': a Split.
     parts = {f.name: getattr(objective, f.name) for f in fields(objective)}
     inner = {name: _unbiased(part, model, x) for name, part in parts.items() if isinstance(part, Objective)}
+    if not inner:
+        raise ValueError(f"{_label(objective)} has weights of its own, which tell no reference: pass reference=")
     return replace(objective, backward_samples=None, **inner)
 
 

@@ -79,10 +79,10 @@ def score(objective: Objective, log_w: Tensor) -> Weights:
     """The score-function gradient (REINFORCE): no differentiable samples needed, high variance.
 
     Every sample's score is weighted by the whole of F, so that the noise grows with k; by the sample's own term alone
-    where F is a sum of such, as VAE's is.
+    where the objective is `linear`, as VAE is.
     """
     g = objective.slopes(log_w)
-    own = objective.reduce(log_w) if objective.slopes_vary else torch.where(g == 0, 0.0, g * log_w)
+    own = torch.where(g == 0, 0.0, g * log_w) if objective.linear else objective.reduce(log_w)
     return Weights(g, None, objective.tempering * g - own)
 
 
@@ -128,6 +128,6 @@ _warned: set[str] = set()
 
 
 def warn_once(message: str) -> None:
-    if message not in _warned:
+    if message not in _warned and not torch.compiler.is_compiling():  # a traced graph has no place for it
         _warned.add(message)
         warnings.warn(message, UserWarning, stacklevel=2)

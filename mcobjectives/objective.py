@@ -15,14 +15,14 @@ from mcobjectives import plugins
 from mcobjectives.analytic import expected_log_ratio
 from mcobjectives.arguments import require_count, require_number
 from mcobjectives.bounds import BatchBound
-from mcobjectives.derivatives import curvatures, curved, leave_one_out, slopes, slopes_jump, slopes_vary
+from mcobjectives.derivatives import curvatures, differentiable_twice, leave_one_out, slopes, slopes_jump, slopes_vary
 from mcobjectives.estimators import Weights, warn_once
 from mcobjectives.model import ModelError, log_joint, require
 from mcobjectives.sampling import Samples, has_rsample, is_discrete, moving_support, named
 from mcobjectives.surrogate import PLAIN, Plan, plan_of
 
-_JUMPS: dict[tuple[Any, ...], bool] = {}
-_DERIVED = ("slopes", "curvatures", "leave_one_out")
+_SEEN: dict[tuple[Any, ...], bool] = {}
+_DERIVED = ("slopes", "curvatures", "leave_one_out", "linear")
 
 
 @dataclass(frozen=True, eq=False)  # a subclass with eq=False is then equal to itself alone
@@ -74,6 +74,9 @@ class Objective(ABC):
     smooth = True
     """False where dF/dlog w jumps (a median, a maximum): STL and DReG are then refused."""
 
+    linear = False
+    """True where F is a sum of terms of one log-weight each, weighted by constants, as a mean is."""
+
     exempt: ClassVar[frozenset[str]] = frozenset()
     """Which properties it does not promise: out of `mcobjectives.testing.EXEMPTABLE`, and checked there."""
 
@@ -101,25 +104,31 @@ class Objective(ABC):
 
     @cached_property
     def slopes_vary(self) -> bool:
-        """Whether the slopes depend on the log-weights, that is, whether F is not linear."""
-        return slopes_vary(self.slopes, self.k)
+        """Whether the slopes were seen to depend on the log-weights, so that F is not linear."""
+        return self._seen("vary", lambda: slopes_vary(self.slopes, self.k))
+
+    @cached_property
+    def slopes_jump(self) -> bool:
+        """Whether the slopes were seen to jump."""
+        return self._seen("jump", lambda: slopes_jump(self.slopes, self.k))
 
     @cached_property
     def slopes_differentiable(self) -> bool:
         """False where the slopes vary and have no derivative: an autograd.Function's whose backward is of numbers."""
-        return not self.slopes_vary or curved(self.curvatures, self.k)
+        if type(self).curvatures is not Objective.curvatures:
+            return True
+        return self._seen("differentiable", lambda: differentiable_twice(self.reduce, self.k)) or not self.slopes_vary
 
-    @cached_property
-    def slopes_jump(self) -> bool:
-        """Whether the slopes were seen to jump: looked at once for all that differ in how they are estimated alone."""
+    def _seen(self, what: str, look: Callable[[], bool]) -> bool:
+        """Look once for all objectives that differ in how they are estimated alone."""
         base = {f.name for f in fields(Objective)}
         own = {name: value for name, value in self.__getstate__().items() if name not in base}
         if not all(value is None or isinstance(value, (bool, int, float, str)) for value in own.values()):
-            return slopes_jump(self.slopes, self.k)  # what a plugin's option holds may change
-        key = type(self), *sorted(own.items())
-        if key not in _JUMPS:
-            _JUMPS[key] = slopes_jump(self.slopes, self.k)
-        return _JUMPS[key]
+            return look()  # what a plugin's option holds may change
+        key = type(self), what, *sorted(own.items())
+        if key not in _SEEN:
+            _SEEN[key] = look()
+        return _SEEN[key]
 
     @property
     def weighs_itself(self) -> bool:

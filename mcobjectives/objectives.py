@@ -21,6 +21,8 @@ from mcobjectives.reductions import log_mean_exp, log_median, log_power_mean, lo
 class _Mean(Objective):
     """F = (1/k) sum_i l_i."""
 
+    linear = True
+
     def reduce(self, log_w: Tensor) -> Tensor:
         return log_w.mean(0)
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import AffineTransform, Independent, TransformedDistribution
 from torch.utils import _pytree as pytree
 
-from mcobjectives.context import cast_anew, generators_at, rng_state
+from mcobjectives.context import cast_anew, generators_at, may_synchronise, rng_state
 from mcobjectives.model import Latent, ModelError, has_methods, require
 
 
@@ -29,10 +30,46 @@ def is_discrete(posterior: Any) -> bool:
 
 def moving_support(posterior: Any) -> bool:
     """Whether the values that h can take depend on parameters of q, as a Uniform's do."""
-    support = _support(posterior)
+    if isinstance(posterior, Independent):
+        return moving_support(posterior.base_dist)
+    if isinstance(posterior, TransformedDistribution) and (moving_support(posterior.base_dist) or _moved(posterior)):
+        return True
+    return any(_carries_gradient(bound) for bound in _bounds(_support(posterior)))
+
+
+def _moved(posterior: TransformedDistribution) -> bool:
+    """Whether an affine transform with parameters moves an end of what it is applied to."""
+    support: Any = _support(posterior.base_dist)
+    for transform in posterior.transforms:
+        ends = _bounds(support)
+        if isinstance(transform, AffineTransform):
+            if ends and _carries_gradient(transform.loc):
+                return True
+            if _carries_gradient(transform.scale) and any(map(_is_stretched, ends)):
+                return True
+        else:
+            support = transform.codomain
+    return False
+
+
+def _bounds(support: Any) -> list[Any]:
+    """The ends of what a constraint allows: none of the whole line."""
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
-    return any(isinstance(bound, Tensor) and bound.requires_grad for bound in getattr(support, "__dict__", {}).values())
+    return [end for name, end in getattr(support, "__dict__", {}).items() if name.endswith("_bound")]
+
+
+def _is_stretched(end: Any) -> bool:
+    """Whether a scale moves this end: zero and infinity stay where they are."""
+    end = torch.as_tensor(end)
+    return not may_synchronise(end) or bool((end.isfinite() & (end != 0)).any())
+
+
+def _carries_gradient(end: Any) -> bool:
+    """Whether it is a tensor with a gradient; an end at infinity has none to give."""
+    if not (isinstance(end, Tensor) and end.requires_grad):
+        return False
+    return not may_synchronise(end) or bool(end.isfinite().any())
 
 
 def _support(posterior: Any) -> Any:

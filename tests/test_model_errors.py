@@ -8,13 +8,19 @@ from dataclasses import dataclass, fields, replace
 import pytest
 import torch
 from torch.distributions import (
+    AffineTransform,
     Bernoulli,
     Categorical,
+    Exponential,
+    GeneralizedPareto,
     Independent,
+    LogNormal,
     MixtureSameFamily,
     Normal,
     OneHotCategoricalStraightThrough,
     Pareto,
+    SigmoidTransform,
+    TransformedDistribution,
     Uniform,
 )
 from toys import F64, Discrete, Gaussian1D, LinearGaussian, Mixed, TwoLayers
@@ -33,6 +39,7 @@ from mcobjectives import (
     objective_names,
     parameterless,
 )
+from mcobjectives.sampling import moving_support
 
 X = torch.tensor([0.9, -0.4, 2.0, 0.1], dtype=F64)
 PATHWISE = ["reparam", "stl", "dreg"]
@@ -513,3 +520,28 @@ def test_opaque_data_is_the_models_own_affair():
     expected = IWAE(k=3)(Gaussian1D(), X)
     torch.manual_seed(0)
     assert IWAE(k=3)(Opaque(), {"pixels": (X, "label")}) == expected
+
+
+def _affine(loc, scale, base=None):
+    base = Uniform(torch.zeros(3), torch.ones(3)) if base is None else base
+    return TransformedDistribution(base, [AffineTransform(loc, scale)])
+
+
+def test_a_support_that_is_moved_by_a_transform_is_seen_and_a_fixed_one_left_alone():
+    a, b = torch.tensor(0.3, requires_grad=True), torch.tensor(2.0, requires_grad=True)
+    one = torch.ones(3)
+    moving = [
+        _affine(a * one, b * one),
+        _affine(0.0, b * one),
+        Independent(_affine(a * one, 1.0), 1),
+        _affine(a, 1.0, Exponential(one)),
+    ]
+    fixed = [
+        _affine(0.0, b, Exponential(one)),
+        _affine(a, b, Normal(a * one, b)),
+        LogNormal(a, b),
+        TransformedDistribution(Uniform(0 * one, one), [SigmoidTransform().inv, AffineTransform(a, b)]),
+        GeneralizedPareto(0 * one, b * one, 0.2 * one),
+    ]
+    assert [moving_support(q) for q in moving] == [True] * 4
+    assert [moving_support(q) for q in fixed] == [False] * 5

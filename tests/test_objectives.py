@@ -804,3 +804,49 @@ def test_a_compiled_loss_gives_the_same_numbers(objective):
     loss = compiled(x)
     torch.testing.assert_close(loss.detach(), expected[0])
     assert_same(gradients(model, -loss), expected[1], 1e-5)
+
+
+@dataclass(frozen=True)
+class Truncated(Objective):
+    """A mean of log-weights that are cut off where they are far above it: linear, unless they are."""
+
+    k: int = 2
+    cut: float = 30.0
+
+    def reduce(self, log_w):
+        return torch.minimum(log_w, log_w.mean(0, keepdim=True) + self.cut).mean(0)
+
+
+def test_score_takes_for_linear_what_says_so_alone():
+    log_w = torch.tensor([[0.0], [-400.0]], dtype=F64)
+    objective = Truncated(gradient="score")
+    g, bound = objective.slopes(log_w), objective.reduce(log_w)
+    assert not objective.linear and torch.equal(objective.weights(log_w).s, g - bound)
+    assert VAE(k=2).linear and LAlpha(k=2).linear and not IWAE(k=2).linear
+
+
+def test_another_reduce_is_not_linear_because_its_parent_is():
+    @dataclass(frozen=True)
+    class Curved(VAE):
+        def reduce(self, log_w):
+            return torch.logsumexp(log_w, 0)
+
+    assert not Curved(k=2).linear
+
+
+def test_slopes_that_vary_far_out_alone_can_be_differentiated():
+    @dataclass(frozen=True)
+    class Soft(Objective):
+        k: int = 8
+        cut: float = 8.0
+
+        def reduce(self, log_w):
+            over = (log_w - log_w.mean(0, keepdim=True) - self.cut).clamp(min=0)
+            return (log_w - over**3 / (1 + over**2)).mean(0)
+
+    assert Soft(gradient="dreg").slopes_differentiable
+
+
+def test_jumps_far_out_are_found():
+    with pytest.raises(ValueError, match="slopes dF/dlog w jump"):
+        Truncated(gradient="dreg")

@@ -90,7 +90,7 @@ class ObjectiveELBO(ELBO):
     @property
     def _linear(self) -> bool:
         """Whether scales may go inside the weights: F is linear in them, and no score of a scaled q is taken."""
-        return not (self.objective.weighs_itself or self.objective.plan.score or self.objective.slopes_vary)
+        return self.objective.linear and not (self.objective.weighs_itself or self.objective.plan.score)
 
     def _get_trace(self, *args: Any) -> NoReturn:
         raise NotImplementedError("ObjectiveELBO has no traces: use loss, differentiable_loss or loss_and_grads")
