@@ -388,3 +388,13 @@ def test_recorded_variance_of_the_threshold_rule_is_the_least():
     for row in rows:
         assert row["threshold"] <= row["systematic"] * (1 + 1e-9) and row["systematic"] <= row["multinomial"] * 1.001
         assert row["m"] < 10 or 10 * row["threshold"] < row["multinomial"]
+
+
+def test_an_objective_with_weights_of_its_own_is_not_its_own_reference():
+    class Logged(IWAE):
+        def weights(self, log_w):
+            return super().weights(log_w)
+
+    model, x = Mixed(), torch.randn(3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="has weights of its own, which tell no reference: pass reference="):
+        compare_gradients(model, x, [Logged(k=4, gradient="rws")], draws=2)

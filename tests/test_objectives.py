@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributions import Independent, Normal
 from toys import (
     F64,
     Curved,
@@ -45,6 +46,7 @@ from mcobjectives import (
     derivatives,
     objective_names,
 )
+from mcobjectives.testing import ConformanceError, check_objective
 
 K = 6
 EVERY = registered(K)
@@ -850,3 +852,33 @@ def test_slopes_that_vary_far_out_alone_can_be_differentiated():
 def test_jumps_far_out_are_found():
     with pytest.raises(ValueError, match="slopes dF/dlog w jump"):
         Truncated(gradient="dreg")
+
+
+def test_the_kit_refuses_a_wrong_declaration_of_linear():
+    @dataclass(frozen=True)
+    class Not(Objective):
+        k: int = 4
+        linear = True
+
+        def reduce(self, log_w):
+            return torch.logsumexp(log_w, 0) - math.log(log_w.shape[0])
+
+    with pytest.raises(ConformanceError, match="smooth: linear = True is declared, but the slopes"):
+        check_objective(Not())
+
+
+def test_the_analytic_kl_compares_priors_of_unlike_dtypes():
+    class Model:
+        prior = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
+
+        def posterior(self, x):
+            return Independent(Normal(x, torch.ones_like(x)), 1)
+
+        def log_prior(self, h):
+            return Normal(0.0, 1.0).log_prob(h.double()).sum(-1)
+
+        def log_likelihood(self, x, h):
+            return -((x - h) ** 2).sum(-1)
+
+    x = torch.randn(3, 2)
+    assert torch.isfinite(VAE(k=2, analytic_kl=True)(Model(), x))

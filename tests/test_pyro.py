@@ -1245,7 +1245,6 @@ def test_more_plate_dimensions_than_needed_change_nothing(layers):
 @pytest.mark.parametrize("ran", [False, True])
 def test_the_kit_leaves_an_automatic_guide_its_model(ran):
 
-
     x = torch.randn(4, 1)
 
     def program(x):

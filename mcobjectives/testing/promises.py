@@ -246,6 +246,8 @@ def continuous(objective: Objective) -> None:
 
 def smooth(objective: Objective) -> None:
     generic = first_possible(objective, (5, 6, 7)) or objective
+    if generic.linear and generic.slopes_vary:
+        raise Broken("linear = True is declared, but the slopes dF/dlog w depend on the log-weights")
     jump = derivatives.largest_jump(generic.slopes, generic.k, _STEPS)
     if objective.smooth and jump > 1e-6:
         raise Broken(f"the slopes dF/dlog w jump by {jump:.4g} between neighbouring log-weights, but smooth is True")
