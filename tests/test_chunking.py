@@ -29,6 +29,7 @@ from toys import (
 
 import mcobjectives.bounds
 from mcobjectives import CIWAE, IWAE, MIWAE, VAE, LAlpha, Median, ModelError, Objective, Power, Split, parameterless
+from mcobjectives.context import generators_at, rng_state, same_state
 from mcobjectives.reductions import effective_sample_size
 from mcobjectives.resampling import inclusion_probabilities, select
 from mcobjectives.sampling import Samples
@@ -628,3 +629,32 @@ def test_an_offset_of_zero_gives_an_unlikely_first_sample_a_finite_multiplier():
     v = torch.tensor([[1e-310], [1.0]], dtype=F64)
     _, multiplier = select(v, 1, torch.zeros(1))
     assert torch.isfinite(multiplier.float()).all()
+
+
+@pytest.mark.parametrize("gradient", ["reparam", "vimco", "dreg"])
+def test_parameters_changed_by_a_small_step_before_the_backward_pass_raise_too(gradient):
+    model = LinearGaussian().off_posterior()
+    loss = IWAE(k=6, chunk_size=2, gradient=gradient)(model, model.data())
+    with torch.no_grad():
+        model.bias += 0.003
+    with pytest.raises(RuntimeError, match="changed in between"):
+        loss.backward()
+
+
+def test_a_parameter_frozen_before_the_backward_pass_raises():
+    model = LinearGaussian().off_posterior()
+    loss = IWAE(k=6, chunk_size=2)(model, model.data())
+    model.bias.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="depends on other parameters than in the forward pass"):
+        loss.backward()
+
+
+def test_an_error_leaves_the_generator_where_it_was():
+    torch.manual_seed(0)
+    before = rng_state()
+    torch.manual_seed(1)
+    now = rng_state()
+    with pytest.raises(ZeroDivisionError), generators_at(before):
+        torch.rand(3)
+        raise ZeroDivisionError
+    assert same_state(rng_state(), now)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical, Independent, Normal, OneHotCategoricalStraightThrough
+from torch.distributions import Bernoulli, Categorical, Independent, Normal, OneHotCategoricalStraightThrough
 from toys import Mixed
 
 from mcobjectives import IWAE, MIWAE, VAE, Objective, Split, diagnostics
@@ -398,3 +398,35 @@ def test_an_objective_with_weights_of_its_own_is_not_its_own_reference():
     model, x = Mixed(), torch.randn(3, dtype=torch.float64)
     with pytest.raises(ValueError, match="has weights of its own, which tell no reference: pass reference="):
         compare_gradients(model, x, [Logged(k=4, gradient="rws")], draws=2)
+
+
+def test_ms_is_the_median_in_milliseconds(monkeypatch):
+    clock = iter([0.0, 1.0, 1.0, 31.0, 31.0, 33.0])
+    monkeypatch.setattr(diagnostics, "_now", lambda tensor: next(clock))
+    assert gradient_statistics(noisy(), Vectors(), None, draws=3)["a"].ms == 2000
+
+
+def test_one_long_run_serves_all_and_is_ten_times_as_long():
+    draws = []
+
+    def reference(model, x):
+        draws.append(1)
+        return noisy()(model, x)
+
+    compare_gradients(Vectors(), None, [noisy(), noisy(bias=0.7)], draws=3, reference=reference)
+    assert len(draws) == 30
+
+
+def test_the_norm_shown_is_the_references():
+    exact = {"loc": torch.tensor([3.0]), "shift": torch.zeros(1)}
+    [row, _] = compare_gradients(Gaussian(), X, [lambda model, x: 5 * model.loc], draws=2, reference=exact)
+    assert (row.reference_norm, row.bias, row.bias_error) == (3, 2, 0)
+
+
+def test_the_reference_of_a_discrete_posterior_is_the_steadiest_unbiased_one():
+    class Coin(nn.Module):
+        def posterior(self, x):
+            return Independent(Bernoulli(logits=x), 1)
+
+    made = [diagnostics._unbiased(IWAE(k=k, gradient="rws"), Coin(), X) for k in (1, 2)]
+    assert made == [IWAE(k=1, gradient="score"), IWAE(k=2, gradient="vimco")]

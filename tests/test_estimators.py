@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -470,3 +470,21 @@ def test_the_second_derivative_of_reparam_is_right(name):
             dict(model.named_parameters())[name].add_(by)
         firsts.append(-loss_gradient(IWAE(k=4), model, model.data())[1][name])
     assert found.sum().item() == pytest.approx((firsts[0] - firsts[1]).sum().item() / (2 * step), rel=1e-6)
+
+
+@dataclass(frozen=True)
+class First(Objective):
+    """The first log-weight alone: linear, and blind to the others."""
+
+    k: int = 2
+
+    linear = True
+
+    def reduce(self, log_w):
+        return log_w[0] + 0 * log_w[1:].clamp(min=-1e300).sum(0)
+
+
+def test_a_sample_without_a_slope_adds_no_score_though_its_weight_is_zero():
+    log_w = torch.tensor([[1.5], [-torch.inf]], dtype=F64)
+    a, _, s = First(gradient="score").weights(log_w)
+    assert a.flatten().tolist() == [1, 0] and s.flatten().tolist() == [1 - 1.5, 0]

@@ -611,3 +611,80 @@ def test_a_mean_that_torch_gives_as_nan_is_estimated():
     [layer] = layer_activity(Encoder(lambda x: Independent(Categorical(logits=x), 1)), logits, n=2000)
     exact = logits.softmax(-1) @ torch.arange(3.0)
     assert layer.variance == pytest.approx(exact.var(0), rel=0.05) and layer.units == [0, 1]
+
+
+def test_to_dict_has_every_mean_under_its_own_name():
+    torch.manual_seed(0)
+    found = evaluate(LinearGaussian(shift=0.5, stretch=0.6), data(), k=200)
+    means = {
+        "points": 11,
+        "k": 200,
+        "nll": -found.log_likelihood.mean(),
+        "nll_stderr": found.log_likelihood.std() / math.sqrt(11),
+        "nll_bias": (1 / found.ess - 1 / 200).mean() / 2,
+        "elbo": found.elbo.mean(),
+        "kl_posterior": (found.log_likelihood - found.elbo).mean(),
+        "log_p_x_given_h": found.log_p_x_given_h.mean(),
+        "kl_prior": (found.log_p_x_given_h - found.elbo).mean(),
+        "ess_mean": found.ess.mean(),
+        "ess_min": found.ess.min(),
+        "khat_mean": found.khat.mean(),
+        "khat_max": found.khat.max(),
+        "khat_unreliable": (found.khat > 1 - 1 / math.log10(200)).double().mean(),
+    }
+    assert found.to_dict() == pytest.approx({name: float(value) for name, value in means.items()})
+    assert 0 < means["khat_unreliable"] < 1 and means["nll_bias"] > 0.01
+
+
+@pytest.mark.parametrize(("k", "most"), [(100, 0.5), (1000, 2 / 3), (10**6, 0.7)])
+def test_the_highest_khat_that_is_reliable_grows_with_k_up_to_0_7(k, most):
+    khat = torch.tensor([most - 0.01, most + 0.01, math.nan, math.inf], dtype=F64)
+    zeros = torch.zeros(4, dtype=F64)
+    assert Evaluation(k, zeros, zeros, zeros + k, khat, None).unreliable == 0.5
+
+
+def test_a_threshold_and_a_batch_size_are_heeded():
+    rows = []
+    encoder = Encoder(lambda x: rows.append(len(x)) or Independent(Normal(x, 1.0), 1))
+    x = torch.tensor([[1.0, 0.3], [-1.0, -0.3]]).repeat(3, 1)  # variances 1.2 and 0.108, one direction of 1.308
+    [layer] = layer_activity(encoder, x, threshold=0.5, batch_size=4)
+    assert (layer.units, layer.pca, rows) == ([0], 1, [4, 2])
+    [layer] = layer_activity(encoder, x, threshold=1.25)
+    assert (layer.units, layer.pca) == ([], 1)
+    assert [pca_active_units(x, threshold=t) for t in (1.3, 1.31)] == [1, 0]
+
+
+def test_two_averages_take_n_samples_in_all():
+    drawn = []
+
+    class Counted(TwoLayers):
+        def sample(self, shape):
+            drawn.append(shape[0])
+            return super().sample(shape)
+
+    posterior_means(Encoder(Counted), torch.randn(5, 2), n=6)
+    assert drawn == [3, 3]
+
+
+@pytest.mark.parametrize("k", [3, 7, 50, 1000])
+def test_ess_never_exceeds_k(k):
+    assert float(of_weights(torch.full((k, 50), -88.1, dtype=F64) + torch.arange(50)).ess.max()) <= k
+
+
+@pytest.mark.parametrize(("large", "infinite"), [(10, True), (40, False)])
+def test_ties_beside_few_large_weights_are_a_heavy_tail_and_beside_many_none(large, infinite):
+    log_w = torch.full((1000, 1), -20.0, dtype=F64)
+    log_w[:large, 0] = torch.linspace(0, 1, large)
+    assert bool(of_weights(log_w).khat.isinf()) == infinite
+
+
+def test_khat_has_no_seam_where_a_quarter_of_the_tail_is_tied():
+    k = 1000
+    tail = tail_length(k)
+    largest = torch.randn(k, 1, generator=torch.Generator().manual_seed(0), dtype=F64).topk(tail + 1, dim=0).values
+    found = []
+    for ties in (tail // 4, tail // 4 + 1):  # weights equal to the cutoff
+        tied = largest.clone()
+        tied[tail - ties :] = largest[-1]
+        found.append(float(pareto_khat(tied)))
+    assert found[1] == pytest.approx(found[0], abs=0.05)

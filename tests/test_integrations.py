@@ -240,3 +240,53 @@ def test_lightning(data):
         p for p, before in zip(training.parameters(), model.parameters(), strict=True) if not torch.equal(p, before)
     ]
     assert len(moved) == len(list(model.parameters()))
+
+
+class Chain(nn.Module):
+    """q(h1 | x) q(h2 | h1): the upper network is evaluated again for the gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.decoder = nn.Linear(10, 4), nn.Linear(4, 4), nn.Linear(4, 10)
+
+    def posterior(self, x):
+        model = self
+
+        class Posterior:
+            def rsample(self, shape):
+                h1 = Normal(model.first(x).float(), 0.5).rsample(shape)
+                return h1, Normal(model.second(h1).float(), 0.5).rsample()
+
+            def sample(self, shape):
+                with torch.no_grad():
+                    return self.rsample(shape)
+
+            def log_prob(self, h):
+                q1, q2 = Normal(model.first(x).float(), 0.5), Normal(model.second(h[0]).float(), 0.5)
+                return q1.log_prob(h[0]).sum(-1) + q2.log_prob(h[1]).sum(-1)
+
+        return Posterior()
+
+    def log_prior(self, h):
+        return sum(Normal(0.0, 1.0).log_prob(part).sum(-1) for part in h)
+
+    def log_likelihood(self, x, h):
+        return Normal(self.decoder(h[1]).float(), 1.0).log_prob(x).sum(-1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"gradient": "dreg"}, {"gradient": "vimco"}, {"gradient": "dreg", "chunk_size": 2}, {"backward_samples": 3}],
+)
+def test_autocast_of_several_layers(options):
+    torch.manual_seed(0)
+    model, x = Chain(), torch.rand(12, 10).round()
+    objective, found = IWAE(k=6, **options), []
+    for enabled in (False, True):
+        model.zero_grad()
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = objective(model, x)
+        loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert (found[1] - found[0]).norm() < 0.03 * found[0].norm()

@@ -1,3 +1,5 @@
+import math
+
 import mpmath
 import pytest
 import torch
@@ -240,3 +242,20 @@ def test_what_does_not_fit_the_discretised_logistic_is_refused():
         discretised_logistic_log_likelihood(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3), levels=1)
     with pytest.raises(ValueError, match="must agree in the last dimension, got 3, 3, 4"):
         discretised_logistic_log_likelihood(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+def test_a_value_between_levels_counts_as_the_nearest():
+    x = torch.arange(256, dtype=torch.float64).unsqueeze(-1) / 255
+    mean, log_scale = torch.tensor([0.3], dtype=torch.float64), torch.tensor([-2.0], dtype=torch.float64)
+    expected = discretised_logistic_log_likelihood(mean, log_scale, x)
+    for off in (-0.4, 0.4):
+        found = discretised_logistic_log_likelihood(mean, log_scale, (x + off / 255).clamp(0, 1))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("x", "log_p"), [(0.0, -math.log(2)), (1.0, -math.log(2))])
+def test_a_mean_on_an_edge_halves_the_mass_however_small_the_scale(x, log_p):
+    mean, log_scale = torch.tensor([0.5], requires_grad=True), torch.tensor([-100.0], requires_grad=True)
+    found = discretised_logistic_log_likelihood(mean, log_scale, torch.tensor([x]), levels=2)
+    assert float(found.detach()) == pytest.approx(log_p)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(found, (mean, log_scale)))

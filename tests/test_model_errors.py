@@ -545,3 +545,15 @@ def test_a_support_that_is_moved_by_a_transform_is_seen_and_a_fixed_one_left_alo
     ]
     assert [moving_support(q) for q in moving] == [True] * 4
     assert [moving_support(q) for q in fixed] == [False] * 5
+
+
+@pytest.mark.parametrize("gradient", ["dreg", "stl", "score", "vimco"])
+def test_a_moving_support_is_found_inside_an_independent(gradient):
+    class Moving(Toy):
+        def posterior(self, x):
+            low = (self.loc + x).unsqueeze(-1)
+            return Independent(Uniform(low, low + 1.5), 1)
+
+    model = Moving(log_joint=lambda x, h: -(h[..., 0] ** 2) + x)
+    with pytest.raises(ModelError, match=r"Independent\(Uniform\), whose support moves with its parameters"):
+        IWAE(k=3, gradient=gradient)(model, X)

@@ -6,8 +6,9 @@ from torch.distributions import Bernoulli, Independent, Normal
 
 from mcobjectives import IWAE, VAE, ModelError
 from mcobjectives.evaluation import evaluate
-from mcobjectives_examples.models import GaussianChain, PaperModel, paper_model
+from mcobjectives_examples.models import Affine, GaussianChain, PaperModel, paper_model
 from mcobjectives_examples.paper import paper
+from mcobjectives_examples.precision import products
 from mcobjectives_examples.pruning import pruned
 
 DEPTHS = {1: ([8], [3]), 2: ([8, 6], [5, 3]), 3: ([8, 7, 6], [5, 4, 3])}
@@ -179,3 +180,12 @@ def test_unequal_widths_and_unknown_depths_are_refused():
         PaperModel(torch.full((4,), 0.5), [3, 3], [2])
     with pytest.raises(ValueError, match="layers must be one of 1, 2, got 3"):
         paper_model(3, torch.full((4,), 0.5))
+
+
+def test_a_bias_is_added_in_float32_to_a_product_in_bfloat16():
+    layer = Affine(2, 1)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        layer.bias.fill_(2**-10)
+        with products("bf16"):
+            assert float(layer(torch.tensor([3.0, 5.0]))) == 8 + 2**-10  # bfloat16 knows 8 and 8.0625

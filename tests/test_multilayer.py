@@ -269,3 +269,17 @@ def test_a_flow_is_a_posterior_as_it_is():
     whole, chunked = (loss_gradient(IWAE(k=5, gradient="dreg", chunk_size=c), model, x) for c in (None, 2))
     torch.testing.assert_close(whole[0], chunked[0], rtol=0, atol=1e-12)
     assert_same(chunked[1], whole[1], 1e-10)
+
+
+def test_samples_to_be_attached_are_drawn_without_a_graph():
+    drawn = []
+
+    class Watched(Attached):
+        def posterior(self, x):
+            posterior = super().posterior(x)
+            rsample = posterior.rsample
+            posterior.rsample = lambda shape: drawn.append(torch.is_grad_enabled()) or rsample(shape)
+            return posterior
+
+    IWAE(k=5, backward_samples=2)(Watched(), torch.tensor([0.3, -1.2], dtype=F64)).backward()
+    assert drawn == [False]

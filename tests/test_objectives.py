@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.distributions import Independent, Normal
 from toys import (
     F64,
@@ -882,3 +883,43 @@ def test_the_analytic_kl_compares_priors_of_unlike_dtypes():
 
     x = torch.randn(3, 2)
     assert torch.isfinite(VAE(k=2, analytic_kl=True)(Model(), x))
+
+
+@dataclass(frozen=True)
+class Trimmed(Objective):
+    """The mean of all log-weights but the least: the slopes jump by 1 / (k - 1)."""
+
+    k: int = 300
+
+    def reduce(self, log_w):
+        return log_w.sort(0).values[1:].mean(0)
+
+
+@pytest.mark.parametrize("gradient", ["stl", "dreg"])
+def test_slopes_that_jump_by_little_are_refused_too(gradient):
+    with pytest.raises(ValueError, match="its slopes dF/dlog w jump"):
+        Trimmed(gradient=gradient)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_analytic_kl_takes_a_prior_that_is_a_method():
+    class Method(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.at, self.shift = (nn.Parameter(torch.tensor(value, dtype=F64)) for value in (0.5, 0.0))
+
+        def posterior(self, x):
+            return Independent(Normal(x + self.shift, 0.5), 1)
+
+        def prior(self):
+            return Independent(Normal(self.at.expand(2), 2.0), 1)
+
+        def log_prior(self, h):
+            return self.prior().log_prob(h)
+
+        def log_likelihood(self, x, h):
+            return Normal(h, 1.0).log_prob(x).sum(-1)
+
+    model, x = Method(), torch.randn(3, 2, dtype=F64)
+    VAE(k=2, analytic_kl=True)(model, x).backward()
+    torch.testing.assert_close(model.at.grad, (model.at.detach() - x).sum(1).mean() / 4)  # KL's own: (m - mean) / 2^2

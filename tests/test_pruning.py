@@ -223,3 +223,13 @@ def test_one_image_has_no_standard_error():
     model, x = model_of([5]), data()
     found = evaluate_pruned(model, x, layer_activity(model, x), evaluate(model, x, k=20), 1, lambda done: None)
     assert found["pruned_images"] == 1 and found["nll_pruned_stderr"] is None
+
+
+def test_units_may_be_given_in_any_order():
+    x, model = data(), model_of([5, 4, 3])
+    rising, mixed = (pruned(model, units) for units in ([[0, 3, 4], [1, 3], [2]], [[4, 0, 3], [3, 1], [2]]))
+    h = rising.posterior(x).rsample(torch.Size((3,)))
+    same = h[0][..., [2, 0, 1]], h[1][..., [1, 0]], h[2]
+    torch.testing.assert_close(mixed.log_prior(same), rising.log_prior(h))
+    torch.testing.assert_close(mixed.log_likelihood(x, same), rising.log_likelihood(x, h))
+    torch.testing.assert_close(mixed.posterior(x).log_prob(same), rising.posterior(x).log_prob(h))

@@ -18,7 +18,17 @@ from pyro.infer import autoguide as auto  # noqa: E402
 from pyro.nn import PyroModule, PyroParam  # noqa: E402
 from torch.distributions import Independent, Normal  # noqa: E402
 
-from mcobjectives import CIWAE, IWAE, MIWAE, VAE, LAlpha, Median, ModelError, Power  # noqa: E402
+from mcobjectives import (  # noqa: E402
+    CIWAE,
+    IWAE,
+    MIWAE,
+    VAE,
+    LAlpha,
+    Median,
+    ModelError,
+    Power,
+    Split,
+)
 from mcobjectives.pyro import Arguments, ObjectiveELBO, PyroModel  # noqa: E402
 from mcobjectives.testing import check_model  # noqa: E402
 from mcobjectives.testing.models import model_findings  # noqa: E402
@@ -1261,3 +1271,163 @@ def test_the_kit_leaves_an_automatic_guide_its_model(ran):
     assert guide.model is before and found["methods"].passed, found
     svi = pyro.infer.SVI(program, guide, pyro.optim.Adam({"lr": 0.01}), loss=pyro.infer.Trace_ELBO())
     assert math.isfinite(svi.step(x))
+
+
+def test_another_guide_is_another_loss():
+    def off(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + 1.0, 0.5**0.5))
+
+    x, elbo = torch.tensor([0.3, -1.0]), ObjectiveELBO(VAE())
+    at_posterior = elbo.loss(conjugate, exact_guide, x)
+    assert elbo.loss(conjugate, off, x) != pytest.approx(at_posterior)
+    close(elbo.loss(conjugate, exact_guide, x), at_posterior)
+
+
+def test_retain_graph_is_passed_on():
+    weight = torch.tensor(0.7, requires_grad=True)
+    x = weight.exp() * torch.ones(3)  # one graph for both steps
+    elbo = ObjectiveELBO(VAE(), retain_graph=True)
+    elbo.loss_and_grads(conjugate, exact_guide, x)
+    once = weight.grad.clone()
+    elbo.loss_and_grads(conjugate, exact_guide, x)
+    close(weight.grad, 2 * once)  # at the posterior every sample gives log p(x)
+
+
+def test_max_plate_nesting_of_a_loss_is_heeded():
+    with pytest.raises(ModelError, match="max_plate_nesting must be at least 1 here, got 0"):
+        ObjectiveELBO(IWAE(k=3), max_plate_nesting=0).loss(conjugate, exact_guide, torch.zeros(3))
+
+
+def test_a_split_is_not_linear_though_its_value_is():
+    def model(x):
+        shift = pyro.sample("shift", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("data", 10, subsample_size=5):
+            pyro.sample("x", dist.Normal(shift, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("shift", dist.Normal(torch.zeros(()), 0.3))
+
+    x = torch.arange(5.0)
+    assert math.isfinite(ObjectiveELBO(VAE(k=4)).loss(model, guide, x))
+    with pytest.raises(ModelError, match="have different scales"):
+        ObjectiveELBO(Split(generative=VAE(k=4), inference=IWAE(k=4))).loss(model, guide, x)
+
+
+def test_a_scale_that_varies_within_the_one_weight_of_the_data_set_is_refused():
+    def model(x):
+        shift = pyro.sample("shift", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("data", len(x)), poutine.scale(scale=torch.tensor([1.0, 2.0, 3.0])):
+            pyro.sample("x", dist.Normal(shift, 1.0), obs=x)
+
+    with pytest.raises(ModelError, match=r"the scale of site 'x', \(3,\), varies within one weight"):
+        IWAE(k=3).bound(
+            PyroModel(model, lambda x: pyro.sample("shift", dist.Normal(torch.zeros(()), 1.0))), torch.zeros(3)
+        )
+
+
+@pytest.mark.parametrize("scale", [1.01, 0.95])
+def test_scales_that_differ_by_little_are_refused_too(scale):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            with poutine.scale(scale=scale):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(ModelError, match="have different scales"):
+        IWAE(k=3).bound(PyroModel(model, exact_guide), torch.zeros(3))
+
+
+def test_samples_of_a_data_point_just_past_the_end_are_refused():
+    def program(observed):
+        def run(x):
+            with pyro.plate("data", len(x), subsample_size=1):
+                z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+                if observed:
+                    pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(1))
+
+        return run
+
+    pair = PyroModel(program(True), program(False))
+    h = pair.posterior(torch.zeros(3)).sample(torch.Size((2,)))
+    h.posterior.subsamples["data"] = torch.tensor([2])
+    with pytest.raises(ModelError, match="of data point 2 of plate 'data', which has 2"):
+        pair.log_joint(torch.zeros(2), h)
+
+
+def test_parts_asked_for_without_a_graph_and_with_one_are_not_mixed_up():
+    loc = torch.tensor(0.4, requires_grad=True)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(loc.exp(), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    pair, x = PyroModel(model, exact_guide), torch.zeros(3)
+    h = pair.posterior(x).sample(torch.Size((2,)))
+    with torch.no_grad():
+        pair.log_likelihood(x, h)
+    (slope,) = torch.autograd.grad(pair.log_prior(h).sum(), loc)
+    close(slope, (loc.exp() * (h["z"] - loc.exp())).sum().detach())
+
+
+def test_a_plate_around_the_models_site_alone_is_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0).to_event(1))
+
+    with pytest.raises(ModelError, match="there is no weight for each data point"):
+        IWAE(k=3).bound(PyroModel(model, guide), torch.zeros(3))
+
+
+def test_a_mask_that_depends_on_samples_is_that_of_each():
+    def latents():
+        a = pyro.sample("a", dist.Normal(torch.zeros(()), 1.0))
+        with poutine.mask(mask=a > 0):
+            return a, pyro.sample("b", dist.Normal(torch.zeros(()), 2.0))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            latents()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(latents()[0], 1.0), obs=x)
+
+    posterior = PyroModel(model, guide).posterior(torch.zeros(3))
+    h = posterior.rsample(torch.Size((40,)))
+    log_q = Normal(0.0, 1.0).log_prob(h["a"]) + torch.where(h["a"] > 0, Normal(0.0, 2.0).log_prob(h["b"]), 0.0)
+    close(posterior.log_prob(h), log_q)
+
+
+def test_a_change_of_variables_is_scaled_as_all_else():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.LogNormal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x, found = torch.ones(3), []
+    guide = auto.AutoNormal(model)
+    guide(x)
+    for scale in (1.0, 3.0):
+        torch.manual_seed(1)
+        found.append(ObjectiveELBO(VAE(k=2)).loss(poutine.scale(model, scale), poutine.scale(guide, scale), x))
+    close(found[1], 3 * found[0])
+
+
+def test_a_subsample_that_the_model_drew_goes_with_the_samples():
+    x = torch.arange(100.0)
+
+    def model(x):
+        shift = pyro.sample("shift", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("data", 100, subsample_size=3) as i, poutine.scale(scale=0.03):
+            pyro.sample("x", dist.Normal(shift, 1.0), obs=x[i])
+
+    pair = PyroModel(model, lambda x: pyro.sample("shift", dist.Normal(torch.zeros(()), 1.0)))
+    h = pair.posterior(x).sample(torch.Size((2,)))
+    first = pair.log_joint(x, h)
+    close(pair.log_joint(x.clone(), h), first)

@@ -510,3 +510,24 @@ def test_a_renamed_result_is_named(tmp_path):
     (tmp_path / f"{config.name}.json").rename(tmp_path / "renamed-seed0.json")
     with pytest.raises(CheckpointError, match=f"is the result of {re.escape(config.name)}"):
         report(tmp_path)
+
+
+def test_a_curve_is_listed_by_shares_of_its_passes_and_drawn_at_its_passes(tmp_path, monkeypatch):
+    [config, *_] = configurations(rows(5, SHORT))
+    bounds, drawn = [-200.0 + i for i in range(12)], []
+    monkeypatch.setattr(
+        "mcobjectives_examples.curves.line_chart", lambda lines, *a, **o: drawn.append(lines) or "<svg/>"
+    )
+    record(tmp_path, config, made={**result(config), "learning_curve": bounds})
+    [line] = lines_of(page_of(tmp_path), "after 100 %")
+    shown = [line[f"after {share} %"] for share in (10, 25, 50, 75, 100)]
+    assert shown == ["-200.00", "-198.00", "-195.00", "-192.00", "-189.00"]  # passes 1, 3, 6, 9 and 12
+    [[curve]] = drawn
+    assert curve.points == [(float(i), -201.0 + i) for i in range(2, 13)]  # but for the first tenth
+
+
+def test_a_capped_cell_is_not_drawn_beside_the_papers(tmp_path):
+    for config in configurations(rows(1, SHORT, layers=[1], cap=3)):
+        record(tmp_path, config)
+    [ours] = [line[""] for line in lines_of(page_of(tmp_path), "k = 3") if line[""].startswith("IWAE")]
+    assert ours == "IWAE, ours"

@@ -21,6 +21,7 @@ from mcobjectives_examples.presets import get_preset
 from mcobjectives_examples.sources import DATASETS
 from mcobjectives_examples.tables import binarisations, configurations, rows, with_results
 from mcobjectives_examples.training import Trainer
+from mcobjectives_examples.verdicts import Measured, ordered
 
 CPU = torch.device("cpu")
 TINY = dataclasses.replace(get_preset("smoke"), stages=((1, 2e-3),), batch_size=500, nll_k=20)
@@ -670,3 +671,39 @@ def test_the_second_stage_wants_its_own_finished_first_stage(digits, tmp_path):
     Trainer(dataclasses.replace(first, seed=5), digits, CPU, path).save()
     with pytest.raises(CheckpointError, match="not the first stage"):
         run_cell(second, digits, Place(tmp_path, CPU))
+
+
+def test_a_fall_that_the_seeds_leave_open_is_no_level():
+    def metrics(row, seed):
+        return {"nll": {1: 90.0, 5: 89.7, 50: 90.0}[row.k] + 0.5 * (seed - 1) if row.family == "vae" else 90.0}
+
+    assert verdict("1L: VAE's NLL does not fall with k", made_up(metrics=metrics, seeds=3)) == "within noise"
+
+
+def test_a_spread_that_the_seeds_leave_open_is_no_difference():
+    def metrics(row, seed):
+        return {"nll": (88.9 if "alpha=0.5" in row.objective else 88.0) + 0.5 * (seed - 1)}
+
+    assert (
+        verdict("L_alpha: alpha makes no difference to the NLL", made_up(5, seeds=3, metrics=metrics)) == "within noise"
+    )
+
+
+def test_one_cell_of_few_seeds_has_the_papers_noise():
+    three, one = (Measured("", values, complete=True) for values in ((88.0, 88.01, 88.02), (88.4,)))
+    assert ordered("", [[three, one]], 1).verdict == ordered("", [[one, three]], -1).verdict == "within noise"
+
+
+def test_one_unit_more_after_a_switch_proves_nothing_in_one_run():
+    done = made_up(10, metrics=lambda row, seed: {"active_units": [12]})
+    before = [{**row.results[0], "metrics": {**row.results[0]["metrics"], "active_units": [11]}} for row in done]
+    done = [dataclasses.replace(row, first_results=(first,)) for row, first in zip(done, before, strict=True)]
+    assert {f.verdict for f in findings(done) if "active" in f.claim} == {"within noise"}
+
+
+def test_cells_beside_are_of_the_same_cap_seeds_and_protocol():
+    for row in rows(8, get_preset("smoke"), dataset="digits", binarisation="epoch", seeds=[0, 3], cap=3):
+        assert {peer.layers for peer in row.beside} == {1}
+        for peer in row.beside:
+            assert peer.k <= 3 and [config.seed for config in peer.configs] == [0, 3]
+            assert {(config.dataset, config.binarisation) for config in peer.configs} == {("digits", "epoch")}

@@ -15,6 +15,7 @@ from itertools import accumulate
 
 import pytest
 import torch
+from torch import nn
 
 from mcobjectives import IWAE
 from mcobjectives.specs import parse_objective
@@ -22,7 +23,7 @@ from mcobjectives_examples import checkpoints, compiling, engine, training
 from mcobjectives_examples.checkpoints import CheckpointError
 from mcobjectives_examples.config import Config, canonical, training_objective
 from mcobjectives_examples.downloads import DataError
-from mcobjectives_examples.engine import Engine, choose_engine, make_step
+from mcobjectives_examples.engine import Engine, choose_engine, flat_adam, make_step
 from mcobjectives_examples.files import OutputError
 from mcobjectives_examples.precision import products
 from mcobjectives_examples.presets import PRESETS, capped, configured, get_preset
@@ -792,3 +793,81 @@ def test_a_killed_run_ends_with_the_same_bits(trainer, tmp_path, engine_name, bi
     state = checkpoints.load(checkpoint, whole.record, CPU)
     assert state["history"] == whole.history
     assert all(torch.equal(value, whole.model.state_dict()[name]) for name, value in state["model"].items())
+
+
+def test_the_presets_numbers():
+    paper, bgs16, short, smoke = (get_preset(name) for name in ("paper", "bgs16", "short", "smoke"))
+    assert {p.name: (p.batch_size, p.eps, p.betas) for p in (paper, bgs16, short, smoke)} == {
+        "paper": (100, 1e-4, (0.9, 0.999)),
+        "bgs16": (20, 1e-4, (0.9, 0.999)),
+        "short": (100, 1e-4, (0.9, 0.999)),
+        "smoke": (100, 1e-4, (0.9, 0.999)),
+    }
+    assert (short.passes, short.backward_samples, short.precision, short.nll_k) == (140, 10, "bf16", 5000)
+    assert (smoke.passes, smoke.backward_samples, smoke.nll_k, smoke.test_images) == (12, None, 1000, 500)
+    assert paper.backward_samples is bgs16.backward_samples is None and paper.precision == "highest"
+
+
+def test_one_cycle_by_hand():
+    preset = get_preset("short").with_passes(10)
+    shares = [0.04, 0.52, 1.0, 0.5 + 0.5 * math.cos(math.pi / 3), 0.5]
+    assert [preset.learning_rate(at) for at in (0, 0.5, 1, 4, 5.5)] == pytest.approx([2e-3 * s for s in shares])
+
+
+def test_flat_adam_is_adam_with_the_options_that_are_given():
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    betas, eps, x = (0.7, 0.8), 1e-2, torch.randn(5, 3)
+    plain = torch.optim.Adam(models[1].parameters(), lr=0.1, betas=betas, eps=eps)
+    flat = flat_adam(models[0], betas, eps, 0.1)
+    [vector] = flat.param_groups[0]["params"]
+    for _ in range(3):
+        gradients = torch.autograd.grad(models[0](x).square().sum(), models[0].parameters())
+        vector.grad = torch.cat([g.flatten() for g in gradients])
+        flat.step()
+        plain.zero_grad()
+        models[1](x).square().sum().backward()
+        plain.step()
+    for found, expected in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_optimiser_has_the_presets_options(trainer):
+    run = trainer(preset=dataclasses.replace(TINY, betas=(0.5, 0.9), eps=0.25))
+    [group] = run.optimiser.param_groups
+    assert (group["betas"], group["eps"]) == ((0.5, 0.9), 0.25)
+
+
+def test_the_rate_is_set_before_every_step(trainer, monkeypatch):
+    rates = []
+    monkeypatch.setattr(training, "set_rate", lambda optimiser, rate: rates.append(rate))
+    monkeypatch.setattr(training, "make_step", recording([]))
+    trainer().run()
+    assert rates == [TINY.learning_rate(i / 4) for i in range(12)] and len(set(rates)) == 12
+
+
+def test_another_seed_has_another_order_and_other_pixels(trainer):
+    one, other = (trainer(f"{seed}.pt", seed=seed) for seed in (0, 1))
+    assert not torch.equal(one._order(), other._order())
+    assert not torch.equal(one.pixels, other.pixels)
+
+
+@pytest.mark.parametrize("binarisation", ["once", "epoch"])
+def test_the_output_bias_is_of_the_grey_means(trainer, digits, binarisation):
+    bias = trainer(binarisation=binarisation).model.decoder[-1].bias
+    torch.testing.assert_close(bias.detach(), torch.logit(digits.train.mean(0).clamp(0.001, 0.999)))
+
+
+def test_a_runs_seconds_are_its_share(trainer, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(training, "make_step", recording([]))
+
+    def tick(progress):
+        clock[0] += 1
+
+    run = trainer()
+    run.together = 4
+    run.run(tick)
+    assert run.seconds == 12 / 4
