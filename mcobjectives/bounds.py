@@ -43,7 +43,7 @@ class BatchBound:
     def whole(self) -> Tensor:
         """From all samples at once."""
         ratio = Ratio()
-        found = self._terms(self.plan, self.samples.draw(), self.objective.k, ratio)
+        found = self._terms(self.plan, *self._draw(), self.objective.k, ratio)
         bound = self._reduce(found.log_w)
         if self.plan.plain:
             return bound
@@ -54,8 +54,7 @@ class BatchBound:
     def chunked(self) -> Tensor:
         """In two passes: the log-weights without a graph, then S chunk by chunk when the gradient is asked for."""
         if self.plan.path:  # before anything is computed at all samples
-            first = self.samples.draw(*self._chunks()[0])
-            check_differentiable(first, self.log_q(pytree.tree_map(torch.Tensor.detach, first)))
+            check_differentiable(*self.samples.draw_with(self.log_q, *self._chunks()[0]))
         states: list[Any] = []
         log_w = self._log_weights(states)
         weights = self.objective.weights(log_w)
@@ -65,9 +64,8 @@ class BatchBound:
             own = Weights.of(w if w is None else w[start:stop] for w in weights)
             ratio = Ratio()
             ratio.of(own)
-            h = self.samples.draw(start, stop)
             with generators_at(states[chunk]):  # a dropout in the model repeats itself
-                found = self._terms(self.plan, h, stop - start, ratio)
+                found = self._terms(self.plan, *self._draw(start, stop), stop - start, ratio)
             require_unchanged(found.log_w, log_w[start:stop], "log p(x, h) - log q(h | x)")
             return found.weighted_sum(own)
 
@@ -78,8 +76,11 @@ class BatchBound:
         samples, in_chunks = self.samples, self.objective.chunk_size is not None
         if samples.attach is not None:  # only what is chosen needs a graph
             samples.pathwise = False
-        h = None if in_chunks else samples.draw()
-        log_w = self._log_weights() if in_chunks else self._numbers(h, self.objective.k)
+        if in_chunks:
+            h, log_w = None, self._log_weights()
+        else:
+            h, q = samples.draw_with(self.log_q)
+            log_w = self._numbers(h, q.detach(), self.objective.k)
         bound = self._reduce(log_w)
         with torch.no_grad():
             arrays = self.objective.weights(log_w)
@@ -95,18 +96,24 @@ class BatchBound:
         if samples.attach is not None:
             chosen = samples.attach(chosen)
         before = rng_state() if may_synchronise(log_w) else None
-        kept = self._terms(self.plan, chosen, m, ratio)
+        kept = self._terms(self.plan, chosen, None, m, ratio)
         what = "log p(x, h) - log q(h | x)"
         if before is not None and not same_state(before, rng_state()):
             # A dropout, perhaps, whose change passes for rounding beside log p(x, h); or a thread that loads data.
-            again = self._numbers(chosen, m)
+            again = self._numbers(chosen, None, m)
             require_unchanged(again, kept.log_w, what, tolerance=1e-6 if again.dtype == torch.float32 else 1e-10)
         # Loosely: in half precision m rows are not multiplied as k rows are, to the last of their few bits.
         require_unchanged(kept.log_w, log_w.gather(0, index), what, tolerance=1e-2)
         return with_value(kept.weighted_sum(weights), bound)
 
-    def _terms(self, plan: Plan, h: Latent, k: int, ratio: Ratio) -> Terms:
-        return terms(plan, self.log_p, self.log_q, h, k, self.objective.tempering, ratio)
+    def _draw(self, start: int = 0, stop: int | None = None) -> tuple[Latent, Tensor | None]:
+        """Samples `start` to `stop`, and log q at them where no score is to be taken of it."""
+        if self.plan.score and torch.is_grad_enabled():
+            return self.samples.draw(start, stop), None
+        return self.samples.draw_with(self.log_q, start, stop)
+
+    def _terms(self, plan: Plan, h: Latent, q: Tensor | None, k: int, ratio: Ratio) -> Terms:
+        return terms(plan, self.log_p, self.log_q, h, q, k, self.objective.tempering, ratio)
 
     def _chunks(self) -> list[tuple[int, int]]:
         k = self.objective.k
@@ -118,17 +125,16 @@ class BatchBound:
         parts = []
         with torch.no_grad():
             for start, stop in self._chunks():
-                h = self.samples.draw(start, stop)
                 if states is not None:
                     states.append(rng_state())
-                parts.append(self._terms(PLAIN, h, stop - start, Ratio()).log_w)
+                parts.append(self._terms(PLAIN, *self._draw(start, stop), stop - start, Ratio()).log_w)
         cast_anew()
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _numbers(self, h: Latent, k: int) -> Tensor:
-        """The log-weights of given samples, `(k, batch)`, without a graph."""
+    def _numbers(self, h: Latent, q: Tensor | None, k: int) -> Tensor:
+        """The log-weights of given samples, at which log q is known or None, `(k, batch)`, without a graph."""
         with torch.no_grad():
-            log_w = self._terms(PLAIN, pytree.tree_map(torch.Tensor.detach, h), k, Ratio()).log_w
+            log_w = self._terms(PLAIN, pytree.tree_map(torch.Tensor.detach, h), q, k, Ratio()).log_w
         cast_anew()
         return log_w
 

@@ -216,25 +216,26 @@ def _evaluate_batch(model: Any, x: Any, k: int, chunk_size: int) -> Evaluation:
     joint = log_joint(model, x)
     posterior = model.posterior(x)
     running = _Running(tail_length(k))
-    for h in _chunks(posterior, k, chunk_size):
+    for h, log_q in _chunks(posterior, k, chunk_size):
         n = len(pytree.tree_leaves(h)[0])
         likelihood = model.log_likelihood(x, h) if apart else None
         log_p = joint(h) if likelihood is None else joined(likelihood, model.log_prior(h))
-        running.add(log_weights(log_p, posterior.log_prob(h), n), likelihood)
+        running.add(log_weights(log_p, log_q, n), likelihood)
     return running.result(k)
 
 
-def _chunks(posterior: Any, k: int, chunk_size: int) -> Iterator[Latent]:
-    """The k samples in order, at most `chunk_size` at a time, drawn in whole blocks: the same for every chunk size."""
+def _chunks(posterior: Any, k: int, chunk_size: int) -> Iterator[tuple[Latent, Tensor]]:
+    """The k samples in order and log q at them, at most `chunk_size` at a time, drawn in whole blocks: the same numbers
+    for every chunk size."""
     samples = Samples(posterior, k, pathwise=False)
     span = max(Samples.BLOCK, chunk_size // Samples.BLOCK * Samples.BLOCK)
     for start in range(0, k, span):
-        h = samples.draw(start, min(start + span, k))
+        drawn = samples.draw_with(posterior.log_prob, start, min(start + span, k))
         if min(span, k - start) <= chunk_size:
-            yield h  # itself: a flow without an inverse knows the density of these very tensors
+            yield drawn
             continue
         for first in range(0, min(span, k - start), chunk_size):
-            yield pytree.tree_map(lambda part, i=first: part[i : i + chunk_size], h)
+            yield pytree.tree_map(lambda part, i=first: part[i : i + chunk_size], drawn)
 
 
 class _Running:

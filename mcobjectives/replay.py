@@ -38,9 +38,9 @@ def require_unchanged(again: Tensor, first: Tensor, what: str, tolerance: float 
     if may_synchronise(again) and not torch.allclose(again, first, rtol=tolerance, atol=tolerance, equal_nan=True):
         raise RuntimeError(
             f"{what} has another value when it is evaluated again for the gradient (random numbers such as dropout or "
-            "batch normalisation in the model, parameters changed in between or swapped by "
-            "torch.func.functional_call): use gradient='reparam' without chunk_size and backward_samples, or "
-            "model.eval(), or call backward() inside the context that sets the parameters"
+            "batch normalisation in the model, a flow that loses its digits when it inverts itself, parameters changed "
+            "in between or swapped by torch.func.functional_call): use gradient='reparam' without chunk_size and "
+            "backward_samples, or model.eval(), or call backward() inside the context that sets the parameters"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.distributions import AffineTransform, Independent, TransformedDistrib
 from torch.utils import _pytree as pytree
 
 from mcobjectives.context import cast_anew, generators_at, may_synchronise, rng_state
-from mcobjectives.model import Latent, ModelError, has_methods, require
+from mcobjectives.model import Density, Latent, ModelError, has_methods, require
 
 
 def has_rsample(posterior: Any) -> bool:
@@ -119,9 +120,24 @@ class Samples:
 
     def draw(self, start: int = 0, stop: int | None = None) -> Latent:
         """Samples `start` to `stop`: `(stop - start, batch, ...)`, differentiable where the stream is pathwise."""
+        return self._between(start, stop, self._block)
+
+    def draw_with(self, log_q: Density, start: int = 0, stop: int | None = None) -> tuple[Latent, Tensor]:
+        """The same samples, and log q at them, `(stop - start, batch)`, of each block as it is drawn.
+
+        A flow knows the density of its latest samples; for others, such as slices and copies, it has to invert itself.
+        """
+
+        def block(b: int) -> tuple[Latent, Tensor]:
+            h = self._block(b)
+            return h, log_q(h)
+
+        return self._between(start, stop, block)
+
+    def _between(self, start: int, stop: int | None, block: Callable[[int], Any]) -> Any:
         stop = self.k if stop is None else stop
         first, last = start // self.BLOCK, (stop - 1) // self.BLOCK
-        blocks = [self._block(b) for b in range(first, last + 1)]
+        blocks = [block(b) for b in range(first, last + 1)]
         whole = blocks[0] if len(blocks) == 1 else pytree.tree_map(lambda *parts: torch.cat(parts), *blocks)
         offset = first * self.BLOCK
         if start == offset and (stop == self.k or stop % self.BLOCK == 0):

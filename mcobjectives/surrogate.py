@@ -79,23 +79,27 @@ def plan_of(weights: Any, k: int) -> Plan:
     return Plan(path=c is not None, score=s is not None, ratio=ratio)
 
 
-def terms(plan: Plan, log_p: Density, log_q: Density, h: Latent, k: int, tempering: float, ratio: Ratio) -> Terms:
-    """The terms of S at the samples h. `log_p` is tempered already; `tempering` multiplies log q."""
+def terms(
+    plan: Plan, log_p: Density, log_q: Density, h: Latent, q: Tensor | None, k: int, tempering: float, ratio: Ratio
+) -> Terms:
+    """The terms of S at the samples h. `log_p` is tempered already; `tempering` multiplies log q.
+
+    `q` is log_q(h), of use to all plans but those with a score, where the gradient is that of log q at fixed samples.
+    """
 
     def tempered(q: Tensor) -> Tensor:
         return q if tempering == 1.0 else tempering * q
 
-    if plan.plain:
-        q = log_q(h)
+    fixed = pytree.tree_map(torch.Tensor.detach, h)
+    if q is None:
+        q = log_q(h if plan.plain else fixed)
+    if plan.path:
         check_differentiable(h, q)
+    if plan.plain:
         log_w = log_weights(log_p(h), tempered(q), k)
         return Terms(log_w, log_w, None, None)
 
-    fixed = pytree.tree_map(torch.Tensor.detach, h)
-    q = log_q(fixed)
     s_term = -q if plan.score else None
-    if plan.path:
-        check_differentiable(h, q)
     if plan.path and plan.ratio:
         scaled = scale(h, ratio)
         p = log_p(scaled)

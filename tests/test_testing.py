@@ -426,6 +426,19 @@ def test_a_biased_estimator_is_found_on_every_objective(monkeypatch, estimator):
     assert raised.value.properties >= {"iwae", "power", "miwae"}  # constant slopes need no such term
 
 
+def half_dreg(objective, log_w):
+    """Halfway between reparam and DReG, without the refusal of slopes that jump: half the term at the jump is lost."""
+    g, t = objective.slopes(log_w), objective.tempering
+    return Weights(g, g - t * objective.curvatures(log_w) / 2, t * g / 2)
+
+
+def test_a_term_at_a_jump_is_not_taken_for_rough_quadrature(monkeypatch):
+    register(monkeypatch, half_dreg)
+    with pytest.raises(ConformanceError, match="expected gradient of phi") as raised:
+        check_estimator("probe")
+    assert raised.value.properties == {"median"}
+
+
 def test_a_wrong_theta_is_found_even_where_bias_is_declared(monkeypatch):
     register(monkeypatch, half_theta)
     with pytest.raises(ConformanceError, match="gradient of theta"):
@@ -721,6 +734,38 @@ def test_a_mutated_model_breaks_its_property_and_no_other(x, mutant):
         check_model(mutant(), x)
     assert raised.value.properties == MODEL_MUTANTS[mutant], str(raised.value)
     assert "Usual cause: " in str(raised.value) and str(raised.value).startswith(f"model {mutant.__name__} breaks")
+
+
+class ValidatedSupport(MovingSupport):
+    """One data point's samples are outside the support of another's, and refused there."""
+
+    def posterior(self, x):
+        mean, sd = self.moments(x)
+        return Independent(Uniform(mean - sd, mean + sd), 1)
+
+
+def test_samples_are_looked_at_inside_their_own_support_alone(x):
+    with pytest.raises(ConformanceError) as raised:
+        check_model(ValidatedSupport(), x)
+    assert raised.value.properties == {"score"}, str(raised.value)
+
+
+class OfEachPoint(Gaussian):
+    """q has parameters for each data point in place of an encoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = None
+        self.mean, self.log_sd = nn.Parameter(torch.zeros(5, 2)), nn.Parameter(torch.zeros(5, 2))
+
+    def moments(self, x):
+        return self.mean, self.log_sd.exp()
+
+
+def test_parameters_for_each_data_point_fix_the_batch(x):
+    found = {f.property: f for f in check_model(OfEachPoint(), x)}
+    assert found["sizes"].passed is None and "the batch is fixed" in found["sizes"].message
+    assert found["leak"].passed and found["score"].passed
 
 
 def test_a_missing_sum_is_told_with_the_batch_that_there_is(x):

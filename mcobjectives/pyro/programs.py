@@ -45,8 +45,7 @@ class Site(NamedTuple):
         except (KeyError, NotImplementedError) as error:  # what transforms without an inverse raise
             raise ModelError(
                 f"the density at site {self.name!r} cannot be evaluated ({error}): a flow without an inverse knows "
-                'that of its latest samples alone; use gradient="reparam" without chunk_size and backward_samples, and '
-                "k of at most 50, since more are drawn in blocks"
+                'that of its latest samples alone; use gradient="reparam" without backward_samples'
             ) from error
         if self.mask is None and not scaled:
             return log_p

@@ -31,7 +31,8 @@ def score_identity(model: Any, x: Any, seed: int) -> None:
 
     def mean_log_q() -> Tensor:
         posterior = model.posterior(x)
-        return posterior.log_prob(draw(posterior, _SAMPLES)).mean()
+        h = pytree.tree_map(Tensor.detach, draw(posterior, _SAMPLES))  # copies: a flow may know what it has just made
+        return posterior.log_prob(h).mean()
 
     _vanishes(model, seed, mean_log_q, "the mean of grad log q(h | x) over samples is not 0 but")
 

@@ -146,17 +146,22 @@ def _attaches(s: Subject, parameters: dict[str, Tensor]) -> None:
             )
 
 
-def _batch(s: Subject) -> int:
+def _rows(s: Subject, x: Any) -> int:
+    """How many data points q(h | x) has samples for."""
     with torch.no_grad():
-        posterior = s.model.posterior(s.x)
-        batch = posterior.log_prob(draw(posterior, 1)).shape[1]
+        posterior = s.model.posterior(x)
+        return posterior.log_prob(draw(posterior, 1)).shape[1]
+
+
+def _batch(s: Subject) -> int:
+    batch = _rows(s, s.x)
     leaves = pytree.tree_leaves(s.x)
     if not all(isinstance(part, Tensor) and part.ndim and part.shape[0] == batch for part in leaves) or not leaves:
         raise Unchecked("x is not made of tensors with the batch first, so that data points cannot be exchanged")
     return batch
 
 
-def _replaced(value: Any, axis: int, at: int) -> Any:
+def _overwritten(value: Any, axis: int, at: int) -> Any:
     """The value with place `at` of an axis overwritten by the next one (or the one before)."""
 
     def change(part: Tensor) -> Tensor:
@@ -166,6 +171,19 @@ def _replaced(value: Any, axis: int, at: int) -> Any:
         return part
 
     return pytree.tree_map(change, value)
+
+
+def _with_samples(h: Latent, j: int, other: Latent) -> Latent:
+    """h, with the samples of data point j taken from another draw."""
+
+    def column(part: Tensor, theirs: Tensor) -> Tensor:
+        part = part.clone()
+        part[:, j] = theirs[:, j]
+        return part
+
+    leaves, structure = pytree.tree_flatten(h)
+    parts = [column(part, theirs) for part, theirs in zip(leaves, pytree.tree_leaves(other), strict=True)]
+    return pytree.tree_unflatten(parts, structure)
 
 
 def leak(s: Subject) -> None:
@@ -182,16 +200,15 @@ def leak(s: Subject) -> None:
     for j in {0, batch - 1}:
         column = everything.clone()
         column[:, j] = False
-        for what, x, changed in (
-            ("x", _replaced(s.x, 0, j), h),
-            ("h", s.x, _replaced(h, 1, j)),
-        ):
+        x = _overwritten(s.x, 0, j)  # and h with it, which may be outside the support of the other's q
+        for what, x, other in (("x", x, draw(s.model.posterior(x), k)), ("h", s.x, draw(s.model.posterior(s.x), k))):
+            changed = _with_samples(h, j, other)
             torch.manual_seed(s.seed)
             _untouched(before, _log_w(s, x, changed), column, f"changing {what} of data point {j}", "data point")
     row = everything.clone()
     row[0] = False
     torch.manual_seed(s.seed)
-    _untouched(before, _log_w(s, s.x, _replaced(h, 0, 0)), row, "changing sample 0", "sample")
+    _untouched(before, _log_w(s, s.x, _overwritten(h, 0, 0)), row, "changing sample 0", "sample")
 
 
 def _again(s: Subject, h: Latent) -> Tensor:
@@ -218,6 +235,10 @@ def _untouched(before: Tensor, after: Tensor, others: Tensor, what: str, unit: s
 def sizes(s: Subject) -> None:
     batch = _batch(s)
     one = pytree.tree_map(lambda part: part[:1], s.x)
+    if _rows(s, one) == batch > 1:
+        raise Unchecked(
+            f"q(h | x) has {batch} data points for the first row of x too (parameters for each?): the batch is fixed"
+        )
     for k, x, expected in ((1, s.x, batch), (s.k, one, 1), (1, one, 1)):
         found = IWAE(k=k).bound(s.model, x)
         if found.shape != (expected,):
