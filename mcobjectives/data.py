@@ -19,9 +19,12 @@ def rows_and_device(x: Any) -> tuple[int, torch.device]:
     lengths = {len(leaf) if isinstance(leaf, Tensor) and leaf.ndim else None for leaf in leaves}
     strange = {type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)}
     if strange:
+        mend = "of a loader evaluate each batch, and join them by Evaluation.concatenate"
+        if any(isinstance(leaf, Tensor) for leaf in leaves):
+            mend = "what all data points share belongs into the model"
         raise ValueError(
             f"x must be a tensor, or a tuple, list or dict of tensors, with one row for each data point, got "
-            f"{', '.join(sorted(strange))}: of a loader evaluate each batch, and join them by Evaluation.concatenate"
+            f"{', '.join(sorted(strange))}: {mend}"
         )
     if len(lengths) != 1 or None in lengths:
         found = ", ".join("none" if n is None else str(n) for n in lengths) or "nothing"

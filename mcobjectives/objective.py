@@ -33,7 +33,8 @@ class Objective(ABC):
     log w_i = log p(x, h_i) - log q(h_i | x), `(k, batch)`; `reduce` maps them to `(batch,)`.
 
     Args:
-        gradient: name of the gradient estimator: "reparam", "stl", "dreg", "score", "vimco", "rws" or a plugin's.
+        gradient: name of the gradient estimator: "reparam", "stl", "dreg", "score", "vimco", "rws" or a plugin's; or
+            such a function (objective, log_weights) -> (a, c, s) itself.
         chunk_size: evaluate so many samples at a time and evaluate them again in the backward pass: the same gradient
             in memory that does not grow with k.
         backward_samples: back-propagate so many of the k samples, chosen without bias by their weights.
@@ -57,7 +58,7 @@ class Objective(ABC):
     """
 
     _: KW_ONLY
-    gradient: str = "reparam"
+    gradient: str | plugins.Estimator = "reparam"
     chunk_size: int | None = None
     backward_samples: int | None = None
     kl_weight: float = 1.0
@@ -199,7 +200,7 @@ class Objective(ABC):
 
     @cached_property
     def _estimator(self) -> Callable[..., Any]:
-        return plugins.get_estimator(self.gradient)
+        return self.gradient if callable(self.gradient) else plugins.get_estimator(self.gradient)
 
     @cached_property
     def plan(self) -> Plan:

@@ -9,6 +9,9 @@ from typing import Any
 
 OBJECTIVES = "mcobjectives.objectives"
 ESTIMATORS = "mcobjectives.estimators"
+Estimator = Callable[..., Any]
+"""A function (objective, log_weights) -> (a, c, s)."""
+
 _METHODS = ("reduce", "bound", "surrogate", "bind")  # of an Objective, which this module does not import
 
 
@@ -44,7 +47,9 @@ def load(group: str, name: str) -> Any:
     points = registered(group).get(name, ())
     kind = _kind(group)
     if not points:
-        raise PluginError(f"unknown {kind} {name!r}: choose from {', '.join(registered(group)) or 'none installed'}")
+        hint = "parse_objective reads options; " if group == OBJECTIVES and "(" in str(name) else ""
+        choice = ", ".join(registered(group)) or "none installed"
+        raise PluginError(f"unknown {kind} {name!r}: {hint}choose from {choice}")
     if len(points) > 1:
         claims = " and ".join(sorted(distribution(p) for p in points))
         raise PluginError(f"{kind} {name!r} is claimed by {claims}: uninstall one of them")
@@ -96,7 +101,7 @@ def get_objective(name: str) -> Callable[..., Any]:
     return found
 
 
-def get_estimator(name: str) -> Callable[..., Any]:
+def get_estimator(name: str) -> Estimator:
     """The estimator registered under a name: a function (objective, log_weights) -> (a, c, s).
 
     Raises:
@@ -118,6 +123,8 @@ def _kind(group: str) -> str:
     return group.rsplit(".", 1)[-1].removesuffix("s")
 
 
-def whose(group: str, name: str) -> str:
-    """A plugin with the distribution that it is of, for messages."""
+def whose(group: str, name: Any) -> str:
+    """A plugin with the distribution that it is of, for messages; it may be the object itself."""
+    if not isinstance(name, str):
+        return f"{_kind(group)} {getattr(name, '__name__', name)}"
     return f"{_kind(group)} {name!r} of {distribution(registered(group)[name][0])}"

@@ -19,18 +19,23 @@ def has_rsample(posterior: Any) -> bool:
 
 
 def named(posterior: Any) -> str:
-    """The posterior's type, with what an `Independent` is made of."""
+    """What the posterior says of itself, or its type, with what an `Independent` is made of."""
+    if isinstance(own := getattr(posterior, "description", None), str):
+        return own
     name, base = type(posterior).__name__, getattr(posterior, "base_dist", None)
     return name if base is None else f"{name}({named(base)})"
 
 
 def is_discrete(posterior: Any) -> bool:
     """Whether h takes discrete values: a gradient through its samples is then straight-through, not q's."""
-    return bool(getattr(_support(posterior), "is_discrete", False))
+    own = getattr(posterior, "is_discrete", None)  # of one that is made of several distributions
+    return own if isinstance(own, bool) else bool(getattr(_support(posterior), "is_discrete", False))
 
 
 def moving_support(posterior: Any) -> bool:
     """Whether the values that h can take depend on parameters of q, as a Uniform's do."""
+    if isinstance(own := getattr(posterior, "moving_support", None), bool):
+        return own
     if isinstance(posterior, Independent):
         return moving_support(posterior.base_dist)
     if isinstance(posterior, TransformedDistribution) and (moving_support(posterior.base_dist) or _moved(posterior)):

@@ -199,6 +199,9 @@ def test_evaluate_refuses_what_is_no_checkpoint_or_of_other_data(mcobj, tmp_path
     foreign = tmp_path / "foreign.pt"
     foreign.write_bytes(b"nothing")
     refused(mcobj("evaluate", foreign), "not a readable checkpoint")
+    record = tmp_path / "record.json"
+    record.write_text("{}")
+    refused(mcobj("evaluate", record), "it is no file of torch.save", ": give the .pt file of a run")
     config = {"dataset": "digits", "data_sha256": "other"}
     torch.save({"format": checkpoints.FORMAT, "config": json.dumps(config), "position": {"epoch": 1}}, foreign)
     refused(mcobj("evaluate", foreign), "lacks or mismatches")

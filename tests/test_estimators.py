@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from dataclasses import dataclass, replace
 
@@ -25,7 +26,9 @@ from toys import (
 )
 
 from mcobjectives import CIWAE, IWAE, MIWAE, VAE, LAlpha, Median, Objective, Power, Split, estimator_names, estimators
+from mcobjectives.plugins import PluginError
 from mcobjectives.reductions import log_power_mean
+from mcobjectives.specs import format_objective
 
 BUILT_IN = ["dreg", "reparam", "rws", "score", "stl", "vimco"]
 SCORE_FAMILY, PATHWISE = ["score", "vimco"], ["reparam", "dreg"]
@@ -488,3 +491,21 @@ def test_a_sample_without_a_slope_adds_no_score_though_its_weight_is_zero():
     log_w = torch.tensor([[1.5], [-torch.inf]], dtype=F64)
     a, _, s = First(gradient="score").weights(log_w)
     assert a.flatten().tolist() == [1, 0] and s.flatten().tolist() == [1 - 1.5, 0]
+
+
+def test_a_function_is_an_estimator_itself():
+    dreg, model = estimators.dreg, LinearGaussian().off_posterior()
+    by_name, by_function = IWAE(k=4, gradient="dreg"), IWAE(k=4, gradient=dreg)
+    (value, gradient), (found, found_gradient) = (loss_gradient(o, model, model.data()) for o in (by_name, by_function))
+    assert torch.equal(found, value)
+    assert_same(found_gradient, gradient, 0.0)
+    assert by_function == IWAE(k=4, gradient=dreg) != by_name and hash(by_function) == hash(IWAE(k=4, gradient=dreg))
+    assert pickle.loads(pickle.dumps(by_function)) == by_function
+    with pytest.raises(ValueError, match=r"gradient=<function dreg at .*> cannot be written"):
+        format_objective(by_function)
+    with pytest.raises(ValueError, match="wrong for Median"):
+        Median(k=4, gradient=dreg)
+    with pytest.raises(PluginError, match=r"^estimator <lambda> does not work with IWAE: TypeError"):
+        IWAE(k=4, gradient=lambda log_w: log_w)
+    with pytest.raises(PluginError, match=r"^unknown estimator 0\.5: choose from"):
+        IWAE(k=4, gradient=0.5)

@@ -360,6 +360,8 @@ def test_what_is_no_tensor_is_named_with_the_mend():
     for x in ([1.0, 2.0], np.zeros(3), torch.utils.data.DataLoader(torch.zeros(3, 1)), (row for row in [1])):
         with pytest.raises(ValueError, match=r"got \w+: of a loader evaluate each batch"):
             evaluate(LinearGaussian(), x, k=5)
+    with pytest.raises(ValueError, match="got float: what all data points share belongs into the model"):
+        evaluate(LinearGaussian(), {"image": torch.zeros(3, 1), "rate": 0.1}, k=5)
     with pytest.raises(ValueError, match="must have one row for each data point, all of them, got rows of 2, 3"):
         evaluate(LinearGaussian(), [torch.zeros(2, 3), torch.zeros(3, 3)], k=5)
 

@@ -270,6 +270,8 @@ def test_the_command_line_lists_every_broken_plugin_and_all_that_works(install, 
 def test_an_unknown_name_lists_what_there_is():
     with pytest.raises(PluginError, match=r"unknown objective 'iwea': choose from .*ciwae, iwae, .*vae"):
         get_objective("iwea")
+    with pytest.raises(PluginError, match=r"unknown objective 'iwae\(k=5\)': parse_objective reads options; choose"):
+        get_objective("iwae(k=5)")
     with pytest.raises(ValueError, match=r"unknown estimator 'drag': choose from dreg, .*vimco"):
         get_estimator("drag")
     with pytest.raises(PluginError, match="unknown objective None"):

@@ -593,7 +593,7 @@ def test_where_renyi_gives_a_discrete_guide_no_gradient():
     pyro.param("logit").grad = None
     ObjectiveELBO(IWAE(k=50, gradient="vimco")).loss_and_grads(model, guide, x)
     assert pyro.param("logit").grad[0] > 0 > pyro.param("logit").grad[1]  # towards z = 0 and z = 1
-    with pytest.raises(ModelError, match="pathwise gradient needs rsample"):
+    with pytest.raises(ModelError, match=r"pathwise gradient needs rsample, which the guide of site\(s\) z does not"):
         ObjectiveELBO(IWAE(k=50)).loss_and_grads(model, guide, x)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), ObjectiveELBO(IWAE(k=50, gradient="vimco")))
     for _ in range(200):
@@ -1431,3 +1431,41 @@ def test_a_subsample_that_the_model_drew_goes_with_the_samples():
     h = pair.posterior(x).sample(torch.Size((2,)))
     first = pair.log_joint(x, h)
     close(pair.log_joint(x.clone(), h), first)
+
+
+@pytest.mark.parametrize("first", ["loss", "bound"])
+def test_a_guide_whose_support_moves_trains_by_plain_reparam_alone(first):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        width = pyro.param("width", torch.tensor(1.0), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Uniform(x - width, x + width))
+
+    pair, x = PyroModel(model, guide), torch.tensor([0.0, 3.0])
+    if first == "bound":  # the programs are looked at once, here without a graph
+        IWAE(k=3).bound(pair, x)
+    IWAE(k=3)(pair, x).backward()
+    for gradient in ("stl", "dreg", "score", "vimco"):
+        with pytest.raises(ModelError, match=r"wrong for the guide of site\(s\) z, whose support moves"):
+            IWAE(k=3, gradient=gradient)(pair, x)
+        assert torch.isfinite(IWAE(k=3, gradient=gradient).bound(pair, x)).all()
+
+
+def test_straight_through_sites_are_warned_of(monkeypatch):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.OneHotCategorical(logits=torch.zeros(3)))
+            pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x)
+
+    def guide(x):
+        logits = pyro.param("logits", torch.zeros(3))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.OneHotCategoricalStraightThrough(logits=logits))
+
+    monkeypatch.setattr("mcobjectives.estimators._warned", set())
+    with pytest.warns(UserWarning, match=r"h of the guide of site\(s\) z is discrete, and a gradient straight through"):
+        IWAE(k=3)(PyroModel(model, guide), torch.tensor([0.0, 3.0]))

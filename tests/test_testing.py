@@ -403,6 +403,11 @@ def own_baseline(objective, log_w):
     return Weights(g, None, objective.tempering * g - (objective.reduce(log_w) - 0.5 * log_w))
 
 
+def own_score(objective, log_w):
+    g = objective.slopes(log_w)
+    return Weights(g, None, objective.tempering * g - objective.reduce(log_w))
+
+
 def half_theta(objective, log_w):
     g = objective.slopes(log_w)
     return Weights(g / 2, None, objective.tempering * g - objective.reduce(log_w))
@@ -430,6 +435,22 @@ def half_dreg(objective, log_w):
     """Halfway between reparam and DReG, without the refusal of slopes that jump: half the term at the jump is lost."""
     g, t = objective.slopes(log_w), objective.tempering
     return Weights(g, g - t * objective.curvatures(log_w) / 2, t * g / 2)
+
+
+def test_a_function_is_an_estimator_without_being_installed(monkeypatch):
+    assert not broken(check_estimator(own_score))
+    with pytest.raises(ConformanceError, match=r"^estimator 'half_theta' breaks .*\n.* gradient='half_theta', the"):
+        check_estimator(half_theta)
+    objective = IWAE(k=3, gradient=own_score)
+    assert {f.property for f in check_objective(objective) if f.passed} >= {"estimator own_score", "shape"}
+    with pytest.raises(ConformanceError, match="estimator half_theta: with k = 2 and gradient='half_theta'"):
+        check_objective(IWAE(k=3, gradient=half_theta))
+
+
+@pytest.mark.parametrize("subject", [IWAE, "iwae", None])
+def test_an_objective_is_checked_as_an_instance(subject):
+    with pytest.raises(TypeError, match=r"^check_objective checks an instance, such as IWAE\(k=8\), got"):
+        check_objective(subject)
 
 
 def test_a_term_at_a_jump_is_not_taken_for_rough_quadrature(monkeypatch):

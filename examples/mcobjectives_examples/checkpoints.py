@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,24 +38,24 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 def load(path: Path, config: dict[str, Any] | None, device: torch.device | str) -> dict[str, Any]:
     """Read a checkpoint of this very configuration; nothing but tensors and plain values is ever unpickled."""
+    mend = "give the .pt file of a run" if config is None else "move it away or choose another --out"
     try:
         state = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:  # whose message says how to load it unsafely
+        why = "it is no file of torch.save, or holds more than tensors and plain values"
+        raise CheckpointError(f"{path} is not a readable checkpoint ({why}): {mend}") from error
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path} is not a readable checkpoint ({first}): move it away or choose another --out"
-        ) from error
+        raise CheckpointError(f"{path} is not a readable checkpoint ({first}): {mend}") from error
     try:
         theirs = json.loads(state["config"])
         known = state["format"] == FORMAT and isinstance(theirs, dict)
     except (KeyError, TypeError, ValueError, IndexError):
         known = False
     if not known:
-        raise CheckpointError(f"{path} is not a checkpoint of this format: move it away or choose another --out")
+        raise CheckpointError(f"{path} is not a checkpoint of this format: {mend}")
     if config is not None and (found := differing(theirs, config)):
-        raise CheckpointError(
-            f"{path} belongs to another run (differs in {found}): move it away or choose another --out"
-        )
+        raise CheckpointError(f"{path} belongs to another run (differs in {found}): {mend}")
     return state
 
 

@@ -224,7 +224,10 @@ class GuidePosterior:
         self.subsamples: dict[str, Any] = dict(subsamples or {})
         self._drawn = set(self.subsamples)
         structure = owner.structure(Arguments(*args, **kwargs))
-        self.has_rsample = structure.reparameterised
+        self.has_rsample = not structure.without_rsample
+        self.is_discrete, self.moving_support = bool(structure.discrete), bool(structure.moving_support)
+        named = dict.fromkeys((*structure.without_rsample, *structure.discrete, *structure.moving_support))
+        self.description = f"the guide of site(s) {', '.join(named)}" if named else "the guide"
         # Distributions that do not depend on other sites' samples are kept: no further execution is needed.
         self._kept: Trace | None = None
         if owner._independent:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 
 from mcobjectives.context import rng_state, set_rng_state
 from mcobjectives.model import ModelError
 from mcobjectives.pyro.programs import Recorder, Site, check_declared, common_plates, is_factor
+from mcobjectives.sampling import is_discrete, moving_support
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,9 @@ class Structure:
     nesting: int
     plate: tuple[str, int] | None
     refusal: str | None
-    reparameterised: bool
+    without_rsample: tuple[str, ...]  # random sites of the guide, as are the next two
+    discrete: tuple[str, ...]
+    moving_support: tuple[str, ...]
     subsampled: bool
 
 
@@ -30,7 +34,7 @@ def inspect(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Stru
         raise ModelError(f"{type(poutine.unwrap(guide)).__name__} runs inside the model: a guide must be a program")
     state = rng_state()
     try:
-        with poutine.block():
+        with poutine.block(), torch.enable_grad():  # which shows a support that moves with parameters
             guide_run = Recorder(None, 0, {})
             q = guide_run.run(guide, args, kwargs)
             check_guide(q)
@@ -49,7 +53,9 @@ def inspect(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Stru
         nesting=-min((dim for site in sites for _, dim in site.plates if dim is not None), default=0),
         plate=plates[0] if plates else None,
         refusal=None if plates or not local else _refusal(q, p),
-        reparameterised=all(site.fn.has_rsample for site in free),
+        without_rsample=tuple(site.name for site in free if not site.fn.has_rsample),
+        discrete=tuple(site.name for site in free if is_discrete(site.fn)),
+        moving_support=tuple(site.name for site in free if moving_support(site.fn)),
         subsampled=bool(guide_run.subsampled),
     )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mcobjectives import plugins
 from mcobjectives.objective import Objective
+from mcobjectives.plugins import Estimator
 from mcobjectives.testing.exact import NAMES, Discrete, Exact, Gaussian
 from mcobjectives.testing.report import Broken, Finding, Unchecked, find, verdict
 from mcobjectives.testing.sizes import first_possible
@@ -23,14 +25,14 @@ def own_names(group: str) -> list[str]:
     return [n for n, points in plugins.registered(group).items() if OWN in {plugins.distribution(p) for p in points}]
 
 
-def check_estimator(name: str, *, unbiased: bool = True) -> list[Finding]:
-    """Check a registered gradient estimator on each of the library's objectives that it does not refuse.
+def check_estimator(estimator: str | Estimator, *, unbiased: bool = True) -> list[Finding]:
+    """Check a gradient estimator on each of the library's objectives that it does not refuse.
 
     Its weights must be `(k, batch)` and finite at extreme log-weights; its expected gradient is set against exact ones.
     One finding an objective, and one for a `kl_weight` other than one.
 
     Args:
-        name: as registered in the entry-point group `mcobjectives.estimators`.
+        estimator: a function (objective, log_weights) -> (a, c, s), or the name that one is registered under.
         unbiased: False for an estimator whose phi gradient (the inference network's) is not the objective's: then only
             theta's is required, and a phi gradient that is right for every objective is reported.
 
@@ -41,45 +43,48 @@ def check_estimator(name: str, *, unbiased: bool = True) -> list[Finding]:
         >>> all(finding.passed is not False for finding in check_estimator("dreg"))
         True
     """
-    findings = [_weights_finding(name)]
+    findings = [_weights_finding(estimator)]
     if findings[0].passed:
         biased = False
         for key in own_names(plugins.OBJECTIVES):
             objective = plugins.get_objective(key)()
             findings.append(
-                find(key, _CAUSE_ESTIMATOR, lambda o=objective: _unbiased(o, name, phi=unbiased))  # type: ignore[misc]
+                find(key, _CAUSE_ESTIMATOR, lambda o=objective: _unbiased(o, estimator, phi=unbiased))  # type: ignore[misc]
             )
-            biased = biased or (not unbiased and _is_biased(objective, name))
+            biased = biased or (not unbiased and _is_biased(objective, estimator))
         if all(finding.passed is not False for finding in findings):
             tempered = plugins.get_objective("iwae")(kl_weight=0.5)
-            findings.append(find("kl_weight", _CAUSE_TEMPERING, lambda: _unbiased(tempered, name, phi=unbiased)))
+            findings.append(find("kl_weight", _CAUSE_TEMPERING, lambda: _unbiased(tempered, estimator, phi=unbiased)))
         if not unbiased and not biased:
             words = "unbiased=False is declared, yet phi's gradient is right for every objective. Drop the declaration"
             findings.append(Finding("unbiased", False, words))
-    return verdict(f"estimator {name!r}", findings)
+    return verdict(f"estimator {_named(estimator)!r}", findings)
 
 
 def estimator_findings(objective: Objective) -> list[Finding]:
     """One finding for each of the library's estimators, and for the objective's own if that is another's."""
     if objective.weighs_itself:  # and phi may follow something else
-        own = f"estimator {objective.gradient}"
+        own = f"estimator {_named(objective.gradient)}"
         return [find(own, _CAUSE_OBJECTIVE, lambda: _unbiased(objective, objective.gradient, phi=False))]
     findings = []
-    for name in sorted({*own_names(plugins.ESTIMATORS), objective.gradient}):
-        findings.append(
-            find(f"estimator {name}", _CAUSE_OBJECTIVE, lambda name=name: _valid(objective, name))  # type: ignore[misc]
-        )
+    for name in sorted({*own_names(plugins.ESTIMATORS), objective.gradient}, key=_named):
+        label = f"estimator {_named(name)}"
+        findings.append(find(label, _CAUSE_OBJECTIVE, lambda name=name: _valid(objective, name)))  # type: ignore[misc]
     return findings
 
 
-def _valid(objective: Objective, name: str) -> None:
+def _named(estimator: str | Estimator) -> str:
+    return estimator if isinstance(estimator, str) else getattr(estimator, "__name__", repr(estimator))
+
+
+def _valid(objective: Objective, name: str | Estimator) -> None:
     if name in _NEED_SMOOTH and not objective.smooth:
         generic = first_possible(objective, (5, 6, 7)) or objective
         try:
             _with(generic, name)
         except ValueError:
             return
-        raise Broken(f"smooth = False, yet gradient={name!r} is accepted")
+        raise Broken(f"smooth = False, yet gradient={_named(name)!r} is accepted")
     if name == "stl":
         _unbiased(objective, name, phi=_is_linear(objective))
     elif name == "rws":
@@ -94,17 +99,17 @@ def _valid(objective: Objective, name: str) -> None:
         _unbiased(objective, name, phi=True)
 
 
-def _unbiased(objective: Objective, name: str, *, phi: bool) -> None:
+def _unbiased(objective: Objective, name: str | Estimator, *, phi: bool) -> None:
     small = _small(objective, name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for exact in _problems(small):
             error = _error(exact, small, phi=phi)
             if error is not None:
-                raise Broken(f"with k = {small.k} and gradient={name!r}, {error}")
+                raise Broken(f"with k = {small.k} and gradient={_named(name)!r}, {error}")
 
 
-def _is_biased(objective: Objective, name: str) -> bool:
+def _is_biased(objective: Objective, name: str | Estimator) -> bool:
     try:
         _unbiased(objective, name, phi=True)
     except Broken:
@@ -146,13 +151,13 @@ def _error(exact: Exact, objective: Objective, *, phi: bool) -> str | None:
     )
 
 
-def _with(objective: Objective, name: str) -> Objective:
+def _with(objective: Objective, name: str | Estimator) -> Objective:
     found = first_possible(objective, (objective.k,), gradient=name)
     assert found is not None
     return found
 
 
-def _small(objective: Objective, name: str) -> Objective:
+def _small(objective: Objective, name: str | Estimator) -> Objective:
     """The objective with this estimator and few enough samples; with several groups, and so many that slopes jump."""
     sizes = (4, 2, 3) if hasattr(objective, "k1") else _SIZES if objective.smooth else (3, 4, 2)
     with warnings.catch_warnings():
@@ -166,7 +171,7 @@ def _small(objective: Objective, name: str) -> Objective:
             raise Unchecked(f"refused: {' '.join(str(refused).split())}") from None
 
 
-def _own_gradient(objective: Objective) -> dict[str, str]:
+def _own_gradient(objective: Objective) -> dict[str, Any]:
     return {} if objective.weighs_itself else {"gradient": "reparam"}
 
 
@@ -174,7 +179,7 @@ def _is_linear(objective: Objective) -> bool:
     return not _small(objective, "reparam").slopes_vary
 
 
-def _weights_finding(name: str) -> Finding:
+def _weights_finding(name: str | Estimator) -> Finding:
     def check() -> None:
         objective = plugins.get_objective("iwae")(k=4, gradient=name)
         for log_w in (torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), _extremes()):

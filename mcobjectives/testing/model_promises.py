@@ -200,9 +200,10 @@ def leak(s: Subject) -> None:
     for j in {0, batch - 1}:
         column = everything.clone()
         column[:, j] = False
-        x = _overwritten(s.x, 0, j)  # and h with it, which may be outside the support of the other's q
-        for what, x, other in (("x", x, draw(s.model.posterior(x), k)), ("h", s.x, draw(s.model.posterior(s.x), k))):
-            changed = _with_samples(h, j, other)
+        for what, x in (("x", _overwritten(s.x, 0, j)), ("h", s.x)):
+            changed = _with_samples(
+                h, j, draw(s.model.posterior(x), k)
+            )  # its old ones may be outside the new q's support
             torch.manual_seed(s.seed)
             _untouched(before, _log_w(s, x, changed), column, f"changing {what} of data point {j}", "data point")
     row = everything.clone()

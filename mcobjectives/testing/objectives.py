@@ -34,6 +34,9 @@ def check_objective(objective: Objective) -> list[Finding]:
         >>> all(finding.passed for finding in findings)
         True
     """
+    if not isinstance(objective, Objective):
+        name = getattr(objective, "__name__", "IWAE")
+        raise TypeError(f"check_objective checks an instance, such as {name}(k=8), got {objective!r}")
     return verdict(repr(objective), objective_findings(objective))
 
 
