@@ -52,18 +52,17 @@ def cast_anew() -> None:
         torch.clear_autocast_cache()
 
 
-def rng_state() -> tuple[Tensor, Tensor | None]:
+def rng_state() -> tuple[Tensor, ...]:
+    """Of the CPU's generator and, once CUDA is in use, of all devices': a model need not be on the current one."""
     on_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if on_cuda else None
+    return torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if on_cuda else ())
 
 
-def same_state(before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None]) -> bool:
-    return all(
-        a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in zip(before, after, strict=True)
-    )
+def same_state(before: tuple[Tensor, ...], after: tuple[Tensor, ...]) -> bool:
+    return len(before) == len(after) and all(map(torch.equal, before, after))
 
 
-def set_rng_state(state: tuple[Tensor, Tensor | None]) -> None:
+def set_rng_state(state: tuple[Tensor, ...]) -> None:
     torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1])
+    if len(state) > 1:
+        torch.cuda.set_rng_state_all(state[1:])

@@ -196,8 +196,8 @@ def evaluate(
         if found != expected:
             raise ModelError(
                 f"the model gave log-weights for {found} data points, expected {expected}: one for each row of x "
-                "(without subsampling; with one weight for the whole data set IWAE(k, chunk_size=50).bound(model, x) is "
-                "the estimate)"
+                "(without subsampling; with one weight for the whole data set IWAE(k, chunk_size=50).bound(model, x) "
+                "is the estimate)"
             )
         if progress is not None:
             progress(sum(part.elbo.numel() for part in parts))

@@ -658,3 +658,26 @@ def test_an_error_leaves_the_generator_where_it_was():
         torch.rand(3)
         raise ZeroDivisionError
     assert same_state(rng_state(), now)
+
+
+def test_the_generators_of_all_devices_are_put_back(monkeypatch):
+    """Two devices, as far as a machine without any can play them: the samples are drawn on the second."""
+    devices = [torch.Generator().manual_seed(i) for i in range(2)]
+    states = {"is_available": lambda: True, "is_initialized": lambda: True}
+    states["get_rng_state_all"] = lambda: [g.get_state() for g in devices]
+    states["set_rng_state_all"] = lambda new: [g.set_state(state) for g, state in zip(devices, new, strict=True)]
+    for name, function in states.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+
+    class Second(Gaussian1D):
+        def posterior(self, x):
+            q = super().posterior(x)
+            q.rsample = lambda shape: q.loc + q.scale * torch.randn(*shape, 3, dtype=F64, generator=devices[1])
+            return q
+
+    found = []
+    for size in (None, 4):
+        devices[1].manual_seed(3)
+        found.append(loss_gradient(IWAE(k=10, chunk_size=size), Second(), X))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-12, atol=1e-12)
+    assert_same(found[0][1], found[1][1], 1e-10)
