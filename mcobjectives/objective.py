@@ -270,6 +270,9 @@ class BoundObjective(torch.nn.Module):
     def __init__(self, objective: Objective, model: Any) -> None:
         super().__init__()
         self.objective, self.model = objective, model
+        for f in fields(objective):
+            if isinstance(value := getattr(objective, f.name), torch.nn.Parameter):  # to be trained with the model's
+                self.register_parameter(f.name, value)
 
     def forward(self, x: Any) -> Tensor:
         return self.objective(self.model, x)

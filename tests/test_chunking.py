@@ -311,6 +311,17 @@ def test_parameters_of_an_objective_are_trained_or_refused(options):
     assert torch.isfinite(Learnt(k=4, **options).bound(model, model.data())).all()
 
 
+def test_parameters_of_an_objective_are_among_those_of_the_bound_module():
+    model = LinearGaussian().off_posterior()
+    bound = copy.deepcopy(Learnt(k=4).bind(model))
+    names = [name for name, _ in bound.named_parameters()]
+    assert names == ["beta", *(f"model.{name}" for name, _ in model.named_parameters())]
+    bound(model.data()).backward()
+    assert bound.beta is bound.objective.beta and bound.beta is not Learnt.beta
+    assert all(p.grad is not None for p in bound.parameters())
+    assert list(IWAE(k=4).bind(model).state_dict()) == [f"model.{name}" for name in model.state_dict()]
+
+
 @pytest.mark.parametrize("options", [{}, {"gradient": "vimco"}, {"gradient": "dreg"}], ids=str)
 def test_parameters_changed_before_the_backward_pass_raise(options):
     model = LinearGaussian().off_posterior()
