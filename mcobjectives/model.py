@@ -31,6 +31,8 @@ class ModelError(TypeError, ValueError):
 class Posterior(Protocol):
     """q(h | x) for a batch of x: any `torch.distributions.Distribution` of batch shape `(batch,)` is one.
 
+    One that has `rsample` in place of `sample` will do where it is used, though not for a type checker.
+
     Pathwise estimators need `rsample(sample_shape)` too, with samples that are differentiable. One whose samples cost
     networks, as q(h1 | x) q(h2 | h1) does, may have `attach(h)` besides: the samples h, `(m, batch, ...)`, as functions
     of its parameters, the noise in them held constant. With `backward_samples` its networks are then differentiated
@@ -42,7 +44,7 @@ class Posterior(Protocol):
         True
     """
 
-    def sample(self, sample_shape: torch.Size) -> Latent:
+    def sample(self, sample_shape: torch.Size, /) -> Latent:
         """h, each part of it `sample_shape + (batch, ...)`."""
         ...
 
@@ -55,7 +57,8 @@ class Posterior(Protocol):
 class Model(Protocol):
     """A latent-variable model: `log_joint(x, h)`, or `log_likelihood(x, h)` and `log_prior(h)`, each `(k, batch)`.
 
-    Nothing is inherited from: any object with these methods is a model.
+    Nothing is inherited from: any object with these methods is a model. The protocol asks for `posterior` alone, since
+    the densities may be given in either way; they are looked for when an objective needs them.
 
     Example:
         >>> from torch.distributions import Independent, Normal
@@ -71,7 +74,7 @@ class Model(Protocol):
         tensor([-1.2655, -1.2655])
     """
 
-    def posterior(self, x: Any) -> Posterior:
+    def posterior(self, x: Any, /) -> Posterior:
         """q(h | x) for the data points of x."""
         ...
 

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import cached_property
+from inspect import get_annotations
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -22,6 +23,7 @@ from mcobjectives.sampling import Samples, has_rsample, is_discrete, moving_supp
 from mcobjectives.surrogate import PLAIN, Plan, plan_of
 
 _SEEN: dict[tuple[Any, ...], bool] = {}
+_STATED = ("smooth", "linear", "exempt")  # by the class, not by its instances
 _DERIVED = ("slopes", "curvatures", "leave_one_out", "linear")
 
 
@@ -72,10 +74,10 @@ class Objective(ABC):
 
     # What an objective may state about itself.
 
-    smooth = True
+    smooth: ClassVar[bool] = True
     """False where dF/dlog w jumps (a median, a maximum): STL and DReG are then refused."""
 
-    linear = False
+    linear: ClassVar[bool] = False
     """True where F is a sum of terms of one log-weight each, weighted by constants, as a mean is."""
 
     exempt: ClassVar[frozenset[str]] = frozenset()
@@ -160,7 +162,7 @@ class Objective(ABC):
             return at_batch.resampled(self.backward_samples)
         return at_batch.whole() if self.chunk_size is None else at_batch.chunked()
 
-    def bind(self, model: Any) -> torch.nn.Module:
+    def bind(self, model: Any) -> BoundObjective:
         """An `nn.Module` whose `forward(x)` is the loss: for torch.compile, DDP, Lightning."""
         return BoundObjective(self, model)
 
@@ -229,6 +231,9 @@ class Objective(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        for name, kind in get_annotations(cls).items():
+            if name in _STATED and "ClassVar" not in str(kind):  # it would become a parameter, the first or a new one
+                raise TypeError(f"{cls.__name__} annotates {name} as a field: write `{name} = ...`, without annotation")
         home = {name: _place(cls, name) for name in ("reduce", *_DERIVED)}
         for name in _DERIVED:
             if home["reduce"] < home[name]:  # a parent's closed form, of a parent's `reduce`
@@ -276,6 +281,10 @@ class BoundObjective(torch.nn.Module):
 
     def forward(self, x: Any) -> Tensor:
         return self.objective(self.model, x)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Any) -> Tensor: ...
 
 
 def _place(cls: type, name: str) -> int:

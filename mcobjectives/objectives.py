@@ -40,6 +40,12 @@ class VAE(_Mean):
     With `analytic_kl=True`, log p(h) - log q(h | x) is replaced by -KL(q(h | x) || p(h)) in closed form, for one
     stochastic layer with a prior N(0, I) or a `model.prior` that `torch.distributions.kl_divergence` knows.
 
+    Args:
+        k: samples for each data point.
+        analytic_kl: take KL(q(h | x) || p(h)) in closed form in place of the samples'.
+
+    The options after these are those of every `Objective`.
+
     Example:
         >>> import torch
         >>> VAE(k=2).reduce(torch.tensor([[-2.0], [-4.0]]))
@@ -63,6 +69,11 @@ class IWAE(Objective):
     """The importance-weighted bound: F = log (1/k) sum_i w_i (Burda, Grosse & Salakhutdinov 2016).
 
     A lower bound on log p(x) in expectation, tighter as k grows; `k = 1` is the VAE.
+
+    Args:
+        k: samples for each data point.
+
+    The options after these are those of every `Objective`.
 
     Example:
         >>> import torch
@@ -92,6 +103,12 @@ class Power(Objective):
 
     p -> 0 is the VAE, 1 is IWAE, p -> inf the largest weight. A lower bound on log p(x) only for p <= 1: above, it may
     exceed log p(x) by up to (1 - 1/p) log k and must not be read as a likelihood.
+
+    Args:
+        k: samples for each data point.
+        p: the exponent, not 0.
+
+    The options after these are those of every `Objective`.
 
     Example:
         >>> import torch
@@ -128,6 +145,11 @@ class Median(Objective):
 
     Its slopes jump where samples change places, so STL and DReG are refused.
 
+    Args:
+        k: samples for each data point.
+
+    The options after these are those of every `Objective`.
+
     Example:
         >>> import torch
         >>> Median(k=4).reduce(torch.tensor([[1.0], [9.0], [2.0], [4.0]]))
@@ -148,6 +170,12 @@ class LAlpha(_Mean):
 
     It is the VAE on log-weights whose term log p(h) - log q(h | x) is weighted by alpha, so the model must give
     `log_likelihood` and `log_prior` apart. alpha = 1 is the VAE; above it is a looser bound, below none.
+
+    Args:
+        k: samples for each data point.
+        alpha: the weight of the KL, at least 0.
+
+    The options after these are those of every `Objective`.
 
     Example:
         >>> import torch
@@ -170,6 +198,12 @@ class LAlpha(_Mean):
 @dataclass(frozen=True)
 class CIWAE(Objective):
     """beta VAE + (1 - beta) IWAE on the same samples: F = beta mean(l) + (1 - beta) LME(l) (Rainforth et al. 2018).
+
+    Args:
+        k: samples for each data point.
+        beta: the VAE's share, in [0, 1].
+
+    The options after these are those of every `Objective`.
 
     Example:
         >>> import torch
@@ -202,6 +236,12 @@ class MIWAE(Objective):
     """The mean of k2 IWAE bounds of k1 samples each: k = k1 k2 samples in all (Rainforth et al. 2018).
 
     (1, k) is the VAE and (k, 1) IWAE; sample i belongs to group i // k1.
+
+    Args:
+        k1: samples in each group.
+        k2: groups.
+
+    The options after these are those of every `Objective`.
 
     Example:
         >>> import torch
@@ -245,6 +285,10 @@ class Split(Objective):
 
     `Split(generative=IWAE(k=64), inference=MIWAE(8, 8))` is PIWAE (Rainforth et al. 2018). Its value is the generative
     objective's; each part brings its own `gradient`, both need the same number of samples and the same `kl_weight`.
+
+    Args:
+        generative: the objective of log p(x, h)'s parameters.
+        inference: the objective of those of q.
 
     Example:
         >>> Split(generative=IWAE(k=6), inference=MIWAE(k1=3, k2=2)).k

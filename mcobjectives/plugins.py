@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 OBJECTIVES = "mcobjectives.objectives"
 ESTIMATORS = "mcobjectives.estimators"
-Estimator = Callable[..., Any]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Estimator: TypeAlias = Callable[[Any, Tensor], tuple[Tensor, Tensor | None, Tensor | None]]
+else:
+    Estimator = Callable[..., Any]
 """A function (objective, log_weights) -> (a, c, s)."""
 
 _METHODS = ("reduce", "bound", "surrogate", "bind")  # of an Objective, which this module does not import

@@ -205,7 +205,7 @@ def _name_of(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def _is_default(field: Field, value: Any) -> bool:
+def _is_default(field: Field[Any], value: Any) -> bool:
     if field.default_factory is not MISSING:
         return bool(value == field.default_factory())
     return field.default is not MISSING and bool(value == field.default)

@@ -923,3 +923,12 @@ def test_analytic_kl_takes_a_prior_that_is_a_method():
     model, x = Method(), torch.randn(3, 2, dtype=F64)
     VAE(k=2, analytic_kl=True)(model, x).backward()
     torch.testing.assert_close(model.at.grad, (model.at.detach() - x).sum(1).mean() / 4)  # KL's own: (m - mean) / 2^2
+
+
+@pytest.mark.parametrize("name, kind", [("exempt", "frozenset[str]"), ("smooth", "bool"), ("linear", "bool")])
+def test_what_a_class_states_is_no_parameter(name, kind):
+    """Annotated it would be one: `exempt` the first, in the place of k."""
+    value = getattr(Objective, name)
+    with pytest.raises(TypeError, match=rf"^Annotated annotates {name} as a field: write `{name} = ...`, without"):
+        type("Annotated", (Objective,), {name: value, "__annotations__": {name: kind}})
+    type("Stated", (Objective,), {name: value, "__annotations__": {name: f"ClassVar[{kind}]"}})

@@ -142,7 +142,7 @@ class PaperModel(nn.Module):
             output.bias.copy_(torch.logit(pixel_means.clamp(0.001, 0.999)))
 
     @property
-    def prior(self) -> Independent | None:
+    def prior(self) -> Independent[Normal] | None:
         """p(h) = N(0, I) for one layer, for `analytic_kl=True`; None for several, whose prior is a chain."""
         if self.prior_layers:
             return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, NoReturn
 
 from pyro.infer import ELBO
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from mcobjectives.objective import Objective
 from mcobjectives.pyro.model import Arguments, PyroModel
+from mcobjectives.pyro.programs import Program
 
 
 class ObjectiveELBO(ELBO):
@@ -59,26 +59,26 @@ class ObjectiveELBO(ELBO):
         self.objective, self.weights = objective, weights
         self._pair: PyroModel | None = None
 
-    def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Minus the scaled bound, summed over the data, without a graph."""
         x = Arguments(*args, **kwargs)
         pair = self._programs(model, guide, x)
         return -(self.objective.bound(pair, x) * pair.scale).sum().item()
 
-    def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
+    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The same number, whose gradient is the estimator's."""
         x = Arguments(*args, **kwargs)
         pair = self._programs(model, guide, x)
         return -(self.objective.surrogate(pair, x) * pair.scale).sum()
 
-    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """The same number; gradients are added to the parameters'."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
         return loss.item()
 
-    def _programs(self, model: Callable, guide: Callable, x: Arguments) -> PyroModel:
+    def _programs(self, model: Program, guide: Program, x: Arguments) -> PyroModel:
         if self._pair is None or self._pair.model != model or self._pair.guide != guide:
             nesting = None if self.max_plate_nesting == math.inf else int(self.max_plate_nesting)
             pair = PyroModel(model, guide, max_plate_nesting=nesting, weights=self.weights, scaled=self._linear)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -11,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from mcobjectives.context import rng_state, same_state
 from mcobjectives.model import ModelError
-from mcobjectives.pyro.programs import Layout, Recorder, Site
+from mcobjectives.pyro.programs import Layout, Program, Recorder, Site
 from mcobjectives.pyro.structure import Structure, check_guide, check_matched, check_random, inspect
 
 
@@ -30,15 +29,15 @@ pytree.register_pytree_node(
 )
 
 
-def _arguments(parts: list, positional: int, names: tuple[str, ...]) -> Arguments:
+def _arguments(parts: list[Any], positional: int, names: tuple[str, ...]) -> Arguments:
     return Arguments(*parts[:positional], **dict(zip(names, parts[positional:], strict=True)))
 
 
-def _as_arguments(x: Any) -> tuple[tuple, dict]:
+def _as_arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (x.args, x.kwargs) if isinstance(x, Arguments) else ((x,), {})
 
 
-class Sites(dict):
+class Sites(dict[str, Tensor]):
     """The guide's random sites by name, each `(k, batch, other plates..., event...)`, and whom they were drawn from.
 
     `trace` holds the guide's execution at exactly these tensors, where it is known: copies, slices and detached
@@ -113,8 +112,8 @@ class PyroModel(torch.nn.Module):
 
     def __init__(
         self,
-        model: Callable,
-        guide: Callable,
+        model: Program,
+        guide: Program,
         *,
         max_plate_nesting: int | None = None,
         weights: Literal["auto", "joint"] = "auto",
@@ -163,7 +162,7 @@ class PyroModel(torch.nn.Module):
             name: layout.to_latent(site.value) for name, site in h.posterior.evaluate(h).items() if not site.observed
         }
 
-    def _layout(self, args: tuple, kwargs: dict) -> Layout:
+    def _layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout:
         structure = self.structure(Arguments(*args, **kwargs))
         if structure.refusal and self.weights == "auto":
             raise ModelError(structure.refusal)
@@ -218,7 +217,12 @@ class GuidePosterior:
     """A guide at one x: `rsample`, `sample` and `log_prob` of its random sites, a dict of `(k, batch, ...)`."""
 
     def __init__(
-        self, owner: PyroModel, args: tuple, kwargs: dict, layout: Layout, subsamples: dict[str, Any] | None = None
+        self,
+        owner: PyroModel,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        layout: Layout,
+        subsamples: dict[str, Any] | None = None,
     ) -> None:
         self.owner, self.args, self.kwargs, self.layout = owner, args, kwargs, layout
         self.subsamples: dict[str, Any] = dict(subsamples or {})
@@ -271,10 +275,10 @@ class GuidePosterior:
         """The indices of the subsamples that its samples belong to, None where plates are whole."""
         return {name: self.subsamples[name] for name in self._drawn} or None
 
-    def same_data(self, args: tuple, kwargs: dict) -> bool:
+    def same_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether these are the very arguments that the guide was called with."""
-        theirs = {**dict(enumerate(args)), **kwargs}
-        ours = {**dict(enumerate(self.args)), **self.kwargs}
+        theirs: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        ours: dict[Any, Any] = {**dict(enumerate(self.args)), **self.kwargs}
         return ours.keys() == theirs.keys() and all(value is theirs[name] for name, value in ours.items())
 
     def _own(self, h: Any) -> Sites:

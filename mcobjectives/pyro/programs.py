@@ -19,6 +19,8 @@ from mcobjectives.context import rng_state, set_rng_state
 from mcobjectives.model import ModelError
 from mcobjectives.sampling import parameterless
 
+Program = Callable[..., Any]
+
 
 class Site(NamedTuple):
     """A sample site of one execution; `value` is `(n, plates..., event...)`."""
@@ -88,7 +90,7 @@ class Recorder(Messenger):
         self.sites: dict[str, Site] = {}
         self.subsampled: set[str] = set()  # the plates of which a part was drawn in this run
 
-    def run(self, program: Callable, args: tuple, kwargs: dict) -> dict[str, Site]:
+    def run(self, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Site]:
         """The sites of one execution that carry a density, by name."""
         with self:
             program(*args, **kwargs)

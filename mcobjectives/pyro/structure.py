@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -11,7 +11,7 @@ from pyro.poutine.messenger import Messenger
 
 from mcobjectives.context import rng_state, set_rng_state
 from mcobjectives.model import ModelError
-from mcobjectives.pyro.programs import Recorder, Site, check_declared, common_plates, is_factor
+from mcobjectives.pyro.programs import Program, Recorder, Site, check_declared, common_plates, is_factor
 from mcobjectives.sampling import is_discrete, moving_support
 
 
@@ -28,7 +28,7 @@ class Structure:
     subsampled: bool
 
 
-def inspect(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Structure:
+def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Structure:
     """Run both programs once, leaving the random number generator as it was."""
     if isinstance(poutine.unwrap(guide), Messenger):
         raise ModelError(f"{type(poutine.unwrap(guide)).__name__} runs inside the model: a guide must be a program")
@@ -89,7 +89,7 @@ def check_matched(q: dict[str, Site], p: dict[str, Site]) -> None:
 
 
 def _refusal(q: dict[str, Site], p: dict[str, Site]) -> str:
-    stacks: dict[str, list[tuple]] = {}
+    stacks: dict[str, list[tuple[tuple[str, int | None], ...]]] = {}
     for site in [*q.values(), *p.values()]:
         if site.plates not in stacks.setdefault(site.name, []):
             stacks[site.name].append(site.plates)

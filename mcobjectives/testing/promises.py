@@ -270,7 +270,7 @@ def leave_one_out(objective: Objective) -> None:
     _compare(objective, objective.leave_one_out, derivatives.leave_one_out, "leave_one_out")
 
 
-def _compare(objective: Objective, own: Callable, automatic: Callable, what: str) -> None:
+def _compare(objective: Objective, own: derivatives.Reduction, automatic: Callable[..., Tensor], what: str) -> None:
     log_w = log_weights(objective.k, (0.1, 1.0, 10.0))
     with torch.no_grad():
         _same(own(log_w), automatic(objective.reduce, log_w), f"the override of {what} is not what reduce gives", 1e-8)
