@@ -439,6 +439,55 @@ def test_monotone_in_beta(nll, expected):
     assert verdict("CIWAE: the NLL is not monotone in beta from IWAE to VAE", made_up(8, metrics=metrics)) == expected
 
 
+def test_cells_of_fewer_seeds_than_others_are_judged_by_what_is_run():
+    """Three seeds of one layer and one of two layers, as many a folder has: nothing is lost by the other seeds."""
+
+    def metrics(row, seed):
+        return {"nll": 90.0 - row.layers - (row.k > 1) - (row.k > 5) + 0.01 * seed}
+
+    done = made_up(seeds=3, metrics=metrics, missing=lambda row, seed: row.layers == 2 and seed > 0)
+    assert verdict("2L: IWAE's NLL falls with k", done) == verdict("two stochastic layers beat one", done) == "holds"
+    [found] = [f for f in findings(done) if f.claim == "two stochastic layers beat one"]
+    assert found.figures.startswith("1L vae(k=1) 89.01 -> 2L vae(k=1) 88 (1 of 3 seeds); ")
+    near = made_up(seeds=3, missing=lambda row, seed: row.layers == 2 and seed > 0)
+    assert verdict("2L: IWAE's NLL falls with k", near) == "within noise"  # of one seed, however near the others are
+
+
+def test_a_result_that_is_not_finite_is_not_one_that_is_not_run():
+    def metrics(row, seed):
+        return {"nll": None if row.objective == "iwae(k=5)" else 90.0 - row.k}
+
+    [found] = [f for f in findings(made_up(layers=[1], metrics=metrics)) if f.claim == "1L: IWAE's NLL falls with k"]
+    assert found.verdict == "not finite"
+    assert found.figures == "1L iwae(k=1) 89 -> 1L iwae(k=5) not finite -> 1L iwae(k=50) 40"
+
+
+def test_the_papers_own_verdict_stands_beside_a_claim_that_its_numbers_do_not_bear_out():
+    def metrics(row, seed):
+        return {"nll": 95.0 if "l_alpha" in row.objective else 88.0}
+
+    found = {f.claim: f for f in findings(made_up(5, metrics=metrics))}
+    claim = found["L_alpha: a higher NLL than VAE's"]
+    assert (claim.verdict, claim.papers) == ("holds", "does not hold")
+    assert claim.evidence == claim.figures + " (the paper's own numbers: does not hold)"
+    claim = found["L_alpha: a higher NLL than IWAE's"]
+    assert claim.papers == "holds" and claim.evidence == claim.figures
+    assert not any(f.papers for f in findings(made_up(5, cap=3)))  # other cells than the paper's
+    assert not any(f.papers for f in findings(made_up(5, dataset="digits", preset="smoke")))
+    for number in PAPERS_FINDINGS:
+        assert {f.claim: f.papers for f in findings(made_up(number))} == PAPERS_FINDINGS[number]
+
+
+def test_with_three_seeds_a_difference_is_judged_by_students_t():
+    """Of equal spread: t(0.975, 4 degrees of freedom) standard errors, 2.776, where the normal has 1.96."""
+    base, error = (88.0, 88.1, 88.2), math.sqrt(2 * 0.01 / 3)
+    for factor, expected in ((2.77, "within noise"), (2.78, "holds")):
+        lower = tuple(value - factor * error for value in base)
+        cells = [Measured("a", base, 3), Measured("b", lower, 3)]
+        assert ordered("", [cells], -1).verdict == expected
+    assert ordered("", [[Measured("a", (88.0,) * 3, 3), Measured("b", (88.1,) * 3, 3)]], 1).verdict == "holds"
+
+
 @pytest.mark.parametrize(
     ("cost", "stderr", "seeds", "expected"),
     [
@@ -690,7 +739,7 @@ def test_a_spread_that_the_seeds_leave_open_is_no_difference():
 
 
 def test_one_cell_of_few_seeds_has_the_papers_noise():
-    three, one = (Measured("", values, complete=True) for values in ((88.0, 88.01, 88.02), (88.4,)))
+    three, one = (Measured("", values, len(values)) for values in ((88.0, 88.01, 88.02), (88.4,)))
     assert ordered("", [[three, one]], 1).verdict == ordered("", [[one, three]], -1).verdict == "within noise"
 
 

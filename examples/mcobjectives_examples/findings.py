@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from mcobjectives import CIWAE, MIWAE, LAlpha, Median, Objective, Power
 from mcobjectives.specs import parse_objective
+from mcobjectives_examples.paper import table
 from mcobjectives_examples.tables import Row
 from mcobjectives_examples.verdicts import (
     LEAST_SEEDS,
@@ -18,6 +19,7 @@ from mcobjectives_examples.verdicts import (
     Series,
     alike,
     bent,
+    half_interval,
     ordered,
     unfallen,
     worst,
@@ -33,7 +35,27 @@ Grid = dict[tuple[int, str, int], Row]
 
 
 def findings(table_rows: Sequence[Row]) -> list[Finding]:
-    """Which of the paper's findings hold in these rows, those beside which the paper sets them included."""
+    """Which of the paper's claims hold in these rows, and in the paper's own numbers by the same rule."""
+    theirs = {f.claim: f.verdict for f in _findings(_papers(table_rows))}
+    return [replace(found, papers=theirs.get(found.claim, "")) for found in _findings(table_rows)]
+
+
+def _papers(table_rows: Sequence[Row]) -> list[Row]:
+    """The rows with the paper's numbers for results; none where these rows are not the paper's cells."""
+    if not all(row.on_papers_data and not row.capped for row in table_rows):
+        return []
+
+    def own(row: Row) -> Row:
+        first = next((r["first"] for r in table(10)["rows"] if row.after and r["after"] == row.after), None)
+        stages = ({"metrics": first},) if first else ()
+        beside = tuple(map(own, row.beside))
+        return replace(row, results=({"metrics": row.paper},), first_results=stages, beside=beside)
+
+    return list(map(own, table_rows))
+
+
+def _findings(table_rows: Sequence[Row]) -> list[Finding]:
+    """With the cells beside which the paper sets a table's rows."""
     by = _grid(row for row in table_rows if row.after is None)
     found = [*_by_k(by), *_by_depth(by), *_by_family(by)]
     if table_rows and table_rows[0].beside:
@@ -158,7 +180,7 @@ def _pruning(table_rows: Sequence[Row]) -> Iterator[Finding]:
         recorded = [result["metrics"] for result in row.results if result is not None]
         found = [m for m in recorded if None not in (m.get("nll_pruned"), m.get("nll_unpruned_same_images"))]
         label = _label(row)
-        if not row.complete or len(found) < len(row.results):
+        if not found:
             figures.append(f"{label} not run")
             verdicts.append("not run")
             continue
@@ -167,12 +189,14 @@ def _pruning(table_rows: Sequence[Row]) -> Iterator[Finding]:
             figures.append(f"{label} has no inactive unit")
             continue
         cost, stderr = statistics.fmean(costs), statistics.fmean(m["nll_pruned_stderr"] or 0.0 for m in found)
-        if len(found) >= LEAST_SEEDS:
-            stderr = max(stderr, statistics.stdev(costs) / math.sqrt(len(found)))
+        few, width = len(found) < LEAST_SEEDS, 2 * stderr
+        if not few:
+            stderr = max(stderr, statistics.stdev(costs) / math.sqrt(len(costs)))
+            width = max(width, half_interval(costs))
         figures.append(f"{label} {cost:+.2f} ± {stderr:.2f}")
-        least = 2 * stderr if len(found) >= LEAST_SEEDS else max(NOISE, 2 * stderr)
         over = cost - PRUNING_OF_BGS16
-        verdicts.append("holds" if over > least else "does not hold" if over < -2 * stderr else "within noise")
+        holds = over > (max(NOISE, width) if few else width)
+        verdicts.append("holds" if holds else "does not hold" if over < -width else "within noise")
     if verdicts:
         yield Finding(claim, worst(verdicts), "; ".join(figures))
 
@@ -211,10 +235,11 @@ def _all(rows: Sequence[Row], metric: str) -> Series:
 def _measured(row: Row, metric: str, first: bool = False) -> Measured:
     """A metric of a row, or of its first stage; units are summed over layers."""
     results = row.first_results if first else row.results
-    found = [None if result is None else result["metrics"].get(metric) for result in results]
-    values = tuple(float(sum(v)) if isinstance(v, list) else float(v) for v in found if v is not None)
+    found = [result["metrics"][metric] for result in results if result is not None and metric in result["metrics"]]
     label = _label(row).partition(" then ")[0] if first else _label(row)
-    return Measured(label, values, bool(found) and None not in found)
+    if not found or None in found:
+        return Measured(label, (), len(results), "not finite" if found else "not run")
+    return Measured(label, tuple(float(sum(v) if isinstance(v, list) else v) for v in found), len(results))
 
 
 def _label(row: Row) -> str:

@@ -164,7 +164,7 @@ def table_blocks(title: str, table_rows: Sequence[Row], found: Sequence[Finding]
         blocks.Table(title, header, lines, tuple(range(2, len(header))), f"{caption(table_rows)}.")
     ]
     if found:
-        shown.append(blocks.Verdicts([(f.verdict, f.claim, f.figures) for f in found]))
+        shown.append(blocks.Verdicts([(f.verdict, f.claim, f.evidence) for f in found]))
     return shown
 
 
@@ -183,7 +183,7 @@ def markdown(title: str, table_rows: Sequence[Row], found: Sequence[Finding]) ->
 
 def noise_note() -> str:
     """What "within noise" means."""
-    return f"Within noise: under {NOISE} nat with fewer than {LEAST_SEEDS} seeds, two standard errors with more."
+    return f"Within noise: under {NOISE} nat with fewer than {LEAST_SEEDS} seeds, inside a 95 % t interval with more."
 
 
 def sources(provenances: Iterable[dict[str, Any] | None]) -> str:
@@ -234,5 +234,5 @@ def as_json(title: str, table_rows: Sequence[Row], found: Sequence[Finding]) -> 
             }
             for row in table_rows
         ],
-        "findings": [{"claim": f.claim, "verdict": f.verdict, "figures": f.figures} for f in found],
+        "findings": [{"claim": f.claim, "verdict": f.verdict, "figures": f.figures, "papers": f.papers} for f in found],
     }

@@ -4,39 +4,58 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
+
+from scipy.special import stdtrit
 
 NOISE = 0.6
 """Nats between two runs of one configuration in the paper: with fewer than three seeds, less proves nothing."""
 LEAST_SEEDS = 3
-"""From so many on, less than two standard errors of the difference proves nothing."""
+"""From so many on, a difference proves nothing while its 95 % t interval holds zero."""
+
+LACKS = ("not run", "not finite")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One of the paper's claims: "holds", "does not hold", "within noise" or "not run", and the figures."""
+    """One of the paper's claims, a verdict, and the figures.
+
+    Verdicts are "holds", "does not hold", "within noise", "not run" and "not finite"; `papers` is the one that the
+    paper's own numbers get, empty where they have none.
+    """
 
     claim: str
     verdict: str
     figures: str
+    papers: str = ""
+
+    @property
+    def evidence(self) -> str:
+        """The figures, and whether the paper's own numbers do not bear the claim out."""
+        known = self.papers not in ("", "holds", *LACKS)
+        return self.figures + (f" (the paper's own numbers: {self.papers})" if known else "")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A metric of one cell, a value a seed; not complete where a seed is missing."""
+    """A metric of one cell, a value for each of its `seeds` that is run; what it lacks where none is, or is finite."""
 
     label: str
     values: tuple[float, ...]
-    complete: bool
+    seeds: int = 1
+    lack: str = ""
 
     @property
     def mean(self) -> float:
         return statistics.fmean(self.values)
 
     def __str__(self) -> str:
-        return f"{self.label} {self.mean:.4g}" if self.complete else f"{self.label} not run"
+        if self.lack:
+            return f"{self.label} {self.lack}"
+        run = len(self.values)
+        return f"{self.label} {_rounded(self.mean)}" + ("" if run == self.seeds else f" ({run} of {self.seeds} seeds)")
 
 
 Series = Sequence[Measured]
@@ -45,8 +64,8 @@ Series = Sequence[Measured]
 def ordered(claim: str, series: Sequence[Series], sign: int, noise: float = NOISE) -> Finding:
     """Whether a metric rises (sign 1) or falls (sign -1) at every step of every series."""
     figures = "; ".join(" -> ".join(map(str, one)) for one in series)
-    if not all(cell.complete for one in series for cell in one):
-        return Finding(claim, "not run", figures)
+    if lack := lacking(cell for one in series for cell in one):
+        return Finding(claim, lack, figures)
     verdicts = []
     for a, b in (pair for one in series for pair in pairwise(one)):
         gain, least = sign * (b.mean - a.mean), _noise(a, b, noise)
@@ -60,8 +79,8 @@ def unfallen(claim: str, cells: Series) -> Finding:
     It holds where the last is clearly above the first, or where with enough seeds no fall can be more than `NOISE`.
     """
     figures = " -> ".join(map(str, cells))
-    if not all(cell.complete for cell in cells):
-        return Finding(claim, "not run", figures)
+    if lack := lacking(cells):
+        return Finding(claim, lack, figures)
     falls = [(a.mean - b.mean, _noise(a, b, NOISE)) for a, b in combinations(cells, 2)]
     if any(fall > least for fall, least in falls):
         return Finding(claim, "does not hold", figures)
@@ -74,8 +93,8 @@ def unfallen(claim: str, cells: Series) -> Finding:
 def alike(claim: str, cells: Series, noise: float = NOISE) -> Finding:
     """Whether all are within `noise` of each other; only with enough seeds is that more than "within noise"."""
     figures = "; ".join(map(str, cells))
-    if not all(cell.complete for cell in cells):
-        return Finding(claim, "not run", figures)
+    if lack := lacking(cells):
+        return Finding(claim, lack, figures)
     low, high = min(cells, key=lambda cell: cell.mean), max(cells, key=lambda cell: cell.mean)
     few = min(len(cell.values) for cell in cells) < LEAST_SEEDS
     spread, error = high.mean - low.mean, 0.0 if few else _noise(low, high, noise)
@@ -87,8 +106,8 @@ def alike(claim: str, cells: Series, noise: float = NOISE) -> Finding:
 def bent(claim: str, cells: Series) -> Finding:
     """Whether there are a rise and a fall, both beyond noise, in any steps."""
     figures = " -> ".join(map(str, cells))
-    if not all(cell.complete for cell in cells):
-        return Finding(claim, "not run", figures)
+    if lack := lacking(cells):
+        return Finding(claim, lack, figures)
     clear = {b.mean > a.mean for a, b in pairwise(cells) if abs(b.mean - a.mean) > _noise(a, b, NOISE)}
     if len(clear) == 2:
         return Finding(claim, "holds", figures)
@@ -97,13 +116,32 @@ def bent(claim: str, cells: Series) -> Finding:
 
 
 def _noise(a: Measured, b: Measured, noise: float) -> float:
-    """How much a difference must exceed to be one."""
+    """How much a difference must exceed to be one: with enough seeds half its 95 % interval, by Welch's t."""
     if min(len(a.values), len(b.values)) >= LEAST_SEEDS:
-        noise = 2 * math.sqrt(sum(statistics.variance(one.values) / len(one.values) for one in (a, b)))
+        noise = half_interval(a.values, b.values)
     return noise + 1e-9  # 88.6 - 88.0 is not more than 0.6
+
+
+def half_interval(*samples: Sequence[float]) -> float:
+    """Half the 95 % interval of a mean, or of a difference of two, by the t distribution."""
+    parts = [statistics.variance(one) / len(one) for one in samples]
+    if not any(parts):
+        return 0.0
+    freedom = sum(parts) ** 2 / sum(part**2 / (len(one) - 1) for part, one in zip(parts, samples, strict=True))
+    return float(stdtrit(freedom, 0.975)) * math.sqrt(sum(parts))
+
+
+def lacking(cells: Iterable[Measured]) -> str:
+    """What stands against a verdict: cells that are not run, or not finite."""
+    lacks = {cell.lack for cell in cells}
+    return next((lack for lack in LACKS if lack in lacks), "")
+
+
+def _rounded(value: float) -> str:
+    return f"{value:.2f}".removesuffix(".00")
 
 
 def worst(verdicts: Sequence[str]) -> str:
     """One clear step the wrong way refutes a claim, one unclear step leaves it open."""
-    order = ("not run", "does not hold", "within noise", "holds")
+    order = (*LACKS, "does not hold", "within noise", "holds")
     return next((verdict for verdict in order if verdict in verdicts), "not run")

@@ -91,6 +91,6 @@ def _print_table(title: str, done: Sequence[Row], form: str) -> None:
         colours = {"holds": "green", "does not hold": "red"}
         for finding in found:
             verdict = f"[{colours.get(finding.verdict, 'yellow')}]{finding.verdict}[/]"
-            console.print(f"{verdict}: {finding.claim}: {finding.figures}", highlight=False)
+            console.print(f"{verdict}: {finding.claim}: {finding.evidence}", highlight=False)
         if any(finding.verdict == "within noise" for finding in found):
             console.print(render.noise_note(), style="dim")
