@@ -126,7 +126,8 @@ def caption(table_rows: Sequence[Row], *, beside: bool = True) -> str:
     if table_rows[0].first_stages:
         passes = f"{table_rows[0].first_stages[0].preset.passes} and {passes}"
         theirs += f" and {table(10)['second_stage']['passes']}"
-    seeds = sorted({len(row.configs) if beside else len(row.values("nll")) for row in table_rows})
+    recorded = {run for row in table_rows if (run := sum(result is not None for result in row.results))}
+    seeds = sorted(recorded) or [len(table_rows[0].configs)]
     parts = [
         f"preset {preset.name}: {passes} (the paper's: {theirs}), batch {preset.batch_size}",
         counted(seeds[0], "seed") if len(seeds) == 1 else f"{seeds[0]} to {counted(seeds[-1], 'seed')}",
