@@ -56,7 +56,9 @@ def main() -> None:
     if args.case:
         print(json.dumps(step(*json.loads(args.case), args.device)))
         return
-    rows = []
+    from mcobjectives_examples.provenance import provenance
+
+    rows, source = [], provenance()
     for case in CASES:
         command = [sys.executable, __file__, "--device", args.device, "--case", json.dumps(case)]
         peak = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
@@ -71,9 +73,7 @@ def main() -> None:
             f"steps {row['of_steps_mb']:5.0f} MB, {row['steps_over_k50']:.2f}"
         )
     if args.out:
-        from mcobjectives_examples.provenance import provenance
-
-        write_json(args.out, {"bar": BAR, "rows": rows, "provenance": provenance()})
+        write_json(args.out, {"bar": BAR, "rows": rows, "provenance": source})
 
 
 if __name__ == "__main__":

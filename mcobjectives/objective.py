@@ -37,8 +37,8 @@ class Objective(ABC):
     Args:
         gradient: name of the gradient estimator: "reparam", "stl", "dreg", "score", "vimco", "rws" or a plugin's; or
             such a function (objective, log_weights) -> (a, c, s) itself.
-        chunk_size: evaluate so many samples at a time and evaluate them again in the backward pass: the same gradient
-            in memory that does not grow with k.
+        chunk_size: evaluate so many samples at a time and evaluate them again in the backward pass: the same gradient,
+            with the graph of one chunk in memory at a time.
         backward_samples: back-propagate so many of the k samples, chosen without bias by their weights.
         kl_weight: t in log p(x | h) + t (log p(h) - log q(h | x)); not a bound unless it is one.
 
