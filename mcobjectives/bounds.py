@@ -54,7 +54,8 @@ class BatchBound:
     def chunked(self) -> Tensor:
         """In two passes: the log-weights without a graph, then S chunk by chunk when the gradient is asked for."""
         if self.plan.path:  # before anything is computed at all samples
-            check_differentiable(*self.samples.draw_with(self.log_q, *self._chunks()[0]))
+            first, q = self._draw(*self._chunks()[0])
+            check_differentiable(first, self.log_q(pytree.tree_map(torch.Tensor.detach, first)) if q is None else q)
         states: list[Any] = []
         log_w = self._log_weights(states)
         weights = self.objective.weights(log_w)
@@ -79,8 +80,8 @@ class BatchBound:
         if in_chunks:
             h, log_w = None, self._log_weights()
         else:
-            h, q = samples.draw_with(self.log_q)
-            log_w = self._numbers(h, q.detach(), self.objective.k)
+            h, q = self._draw(graph=False)
+            log_w = self._numbers(h, q, self.objective.k)
         bound = self._reduce(log_w)
         with torch.no_grad():
             arrays = self.objective.weights(log_w)
@@ -106,11 +107,12 @@ class BatchBound:
         require_unchanged(kept.log_w, log_w.gather(0, index), what, tolerance=1e-2)
         return with_value(kept.weighted_sum(weights), bound)
 
-    def _draw(self, start: int = 0, stop: int | None = None) -> tuple[Latent, Tensor | None]:
-        """Samples `start` to `stop`, and log q at them where no score is to be taken of it."""
-        if self.plan.score and torch.is_grad_enabled():
+    def _draw(self, start: int = 0, stop: int | None = None, graph: bool = True) -> tuple[Latent, Tensor | None]:
+        """Samples `start` to `stop`; with log q at them where q caches and no score is to be taken of it."""
+        if self.plan.score:  # whose log q is that of fixed samples, in the passes without a graph too
             return self.samples.draw(start, stop), None
-        return self.samples.draw_with(self.log_q, start, stop)
+        log_q = self.log_q if graph else torch.no_grad()(self.log_q)
+        return self.samples.draw_with(log_q, start, stop)
 
     def _terms(self, plan: Plan, h: Latent, q: Tensor | None, k: int, ratio: Ratio) -> Terms:
         return terms(plan, self.log_p, self.log_q, h, q, k, self.objective.tempering, ratio)

@@ -221,13 +221,15 @@ def _evaluate_batch(model: Any, x: Any, k: int, chunk_size: int) -> Evaluation:
         n = len(pytree.tree_leaves(h)[0])
         likelihood = model.log_likelihood(x, h) if apart else None
         log_p = joint(h) if likelihood is None else joined(likelihood, model.log_prior(h))
-        running.add(log_weights(log_p, log_q, n), likelihood)
+        running.add(log_weights(log_p, posterior.log_prob(h) if log_q is None else log_q, n), likelihood)
     return running.result(k)
 
 
-def _chunks(posterior: Any, k: int, chunk_size: int) -> Iterator[tuple[Latent, Tensor]]:
-    """The k samples in order and log q at them, at most `chunk_size` at a time, drawn in whole blocks: the same numbers
-    for every chunk size."""
+def _chunks(posterior: Any, k: int, chunk_size: int) -> Iterator[tuple[Latent, Tensor | None]]:
+    """The k samples in order, with log q at them where q caches, at most `chunk_size` at a time.
+
+    They are drawn in whole blocks: the same numbers for every chunk size.
+    """
     samples = Samples(posterior, k, pathwise=False)
     span = max(Samples.BLOCK, chunk_size // Samples.BLOCK * Samples.BLOCK)
     for start in range(0, k, span):
@@ -236,7 +238,7 @@ def _chunks(posterior: Any, k: int, chunk_size: int) -> Iterator[tuple[Latent, T
             yield drawn
             continue
         for first in range(0, min(span, k - start), chunk_size):
-            yield pytree.tree_map(lambda part, i=first: part[i : i + chunk_size], drawn)
+            yield pytree.tree_map(lambda part, i=first: None if part is None else part[i : i + chunk_size], drawn)
 
 
 class _Running:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from functools import cached_property
-from inspect import get_annotations
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -191,13 +190,13 @@ class Objective(ABC):
     def _check_samples(self, posterior: Any) -> None:
         if self.plan.path and is_discrete(posterior) and has_rsample(posterior):
             warn_once(
-                f"h of {named(posterior)} is discrete, and a gradient straight through its samples is biased: "
-                "use gradient='vimco' for an unbiased one"
+                f"h of {named(posterior, 'discrete')} is discrete, and a gradient straight through its samples is "
+                "biased: use gradient='vimco' for an unbiased one"
             )
         if not self.plan.plain and moving_support(posterior):
             raise ModelError(
-                f"gradient={self.gradient!r} is wrong for {named(posterior)}, whose support moves with its "
-                "parameters: use gradient='reparam'"
+                f"gradient={self.gradient!r} is wrong for {named(posterior, 'moving_support')}, whose support moves "
+                "with its parameters: use gradient='reparam'"
             )
 
     @cached_property
@@ -231,7 +230,7 @@ class Objective(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        for name, kind in get_annotations(cls).items():
+        for name, kind in vars(cls).get("__annotations__", {}).items():
             if name in _STATED and "ClassVar" not in str(kind):  # it would become a parameter, the first or a new one
                 raise TypeError(f"{cls.__name__} annotates {name} as a field: write `{name} = ...`, without annotation")
         home = {name: _place(cls, name) for name in ("reduce", *_DERIVED)}
@@ -275,12 +274,15 @@ class BoundObjective(torch.nn.Module):
     def __init__(self, objective: Objective, model: Any) -> None:
         super().__init__()
         self.objective, self.model = objective, model
-        for f in fields(objective):
-            if isinstance(value := getattr(objective, f.name), torch.nn.Parameter):  # to be trained with the model's
-                self.register_parameter(f.name, value)
+        own = {f.name: getattr(objective, f.name) for f in fields(objective)}
+        self._own = [name for name, value in own.items() if isinstance(value, torch.nn.Parameter)]
+        for name in self._own:  # to be trained with the model's
+            self.register_parameter(name, own[name])
 
     def forward(self, x: Any) -> Tensor:
-        return self.objective(self.model, x)
+        if not self._own:
+            return self.objective(self.model, x)
+        return replace(self.objective, **{name: getattr(self, name) for name in self._own})(self.model, x)
 
     if TYPE_CHECKING:
 

@@ -18,12 +18,12 @@ def has_rsample(posterior: Any) -> bool:
     return has_methods(posterior, "rsample") and getattr(posterior, "has_rsample", True)
 
 
-def named(posterior: Any) -> str:
-    """What the posterior says of itself, or its type, with what an `Independent` is made of."""
-    if isinstance(own := getattr(posterior, "description", None), str):
-        return own
+def named(posterior: Any, what: str) -> str:
+    """The posterior, for a message on its parts that are `what`: its type, with what an `Independent` is made of."""
+    if has_methods(posterior, "named_by_sites"):
+        return posterior.named_by_sites(what)
     name, base = type(posterior).__name__, getattr(posterior, "base_dist", None)
-    return name if base is None else f"{name}({named(base)})"
+    return name if base is None else f"{name}({named(base, what)})"
 
 
 def is_discrete(posterior: Any) -> bool:
@@ -78,6 +78,22 @@ def _carries_gradient(end: Any) -> bool:
     return not may_synchronise(end) or bool(end.isfinite().any())
 
 
+def caches(posterior: Any) -> bool:
+    """Whether it knows log q of its latest samples: at others, slices and copies among them, a flow inverts itself."""
+    if isinstance(own := getattr(posterior, "caches", None), bool):
+        return own
+    while posterior is not None:
+        if any(map(_caches, getattr(posterior, "transforms", ()))):
+            return True
+        posterior = getattr(posterior, "base_dist", None)
+    return False
+
+
+def _caches(transform: Any) -> bool:
+    parts = (*getattr(transform, "parts", ()), *getattr(transform, "transforms", ()))
+    return bool(getattr(transform, "_cache_size", 0)) or any(map(_caches, parts))
+
+
 def _support(posterior: Any) -> Any:
     try:
         return getattr(posterior, "support", None)
@@ -107,13 +123,14 @@ class Samples:
     def __init__(self, posterior: Any, k: int, *, pathwise: bool, replay: bool = False) -> None:
         if pathwise and not has_rsample(posterior):
             raise ModelError(
-                f"a pathwise gradient needs rsample, which {named(posterior)} does not have: "
+                f"a pathwise gradient needs rsample, which {named(posterior, 'without_rsample')} does not have: "
                 'use gradient="score" or "vimco"'
             )
         if not (has_rsample(posterior) or has_methods(posterior, "sample")):
             raise ModelError(f"the posterior {type(posterior).__name__} has neither sample nor rsample")
         require(posterior, "an objective", "log_prob")
         self.posterior, self.k, self.pathwise = posterior, k, pathwise
+        self.caches = caches(posterior)
         self.attach = posterior.attach if pathwise and has_methods(posterior, "attach") else None
         self._states: list[Any] = []
         if replay:
@@ -127,11 +144,10 @@ class Samples:
         """Samples `start` to `stop`: `(stop - start, batch, ...)`, differentiable where the stream is pathwise."""
         return self._between(start, stop, self._block)
 
-    def draw_with(self, log_q: Density, start: int = 0, stop: int | None = None) -> tuple[Latent, Tensor]:
-        """The same samples, and log q at them, `(stop - start, batch)`, of each block as it is drawn.
-
-        A flow knows the density of its latest samples; for others, such as slices and copies, it has to invert itself.
-        """
+    def draw_with(self, log_q: Density, start: int = 0, stop: int | None = None) -> tuple[Latent, Tensor | None]:
+        """The same samples, and where q caches log q at them, `(stop - start, batch)`, of each block as it is drawn."""
+        if not self.caches:
+            return self.draw(start, stop), None
 
         def block(b: int) -> tuple[Latent, Tensor]:
             h = self._block(b)

@@ -84,7 +84,7 @@ def terms(
 ) -> Terms:
     """The terms of S at the samples h. `log_p` is tempered already; `tempering` multiplies log q.
 
-    `q` is log_q(h), of use to all plans but those with a score, where the gradient is that of log q at fixed samples.
+    `q` is log_q(h) where that is known; not for plans with a score, which take the gradient of log q at fixed samples.
     """
 
     def tempered(q: Tensor) -> Tensor:

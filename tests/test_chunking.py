@@ -322,6 +322,27 @@ def test_parameters_of_an_objective_are_among_those_of_the_bound_module():
     assert list(IWAE(k=4).bind(model).state_dict()) == [f"model.{name}" for name in model.state_dict()]
 
 
+def test_parameters_of_an_objective_are_those_that_the_bound_module_has_now():
+    model = LinearGaussian().off_posterior()
+    x, bound = model.data(), Learnt(k=4).bind(model)
+
+    def loss(beta):
+        torch.manual_seed(0)
+        return Learnt(k=4, beta=torch.nn.Parameter(torch.tensor(beta, dtype=F64)))(model, x)
+
+    torch.manual_seed(0)
+    torch.testing.assert_close(
+        torch.func.functional_call(bound, {"beta": torch.tensor(0.9, dtype=F64)}, x), loss(0.9), rtol=1e-12, atol=0
+    )
+    state = {name: value.clone() for name, value in bound.state_dict().items()} | {"beta": torch.tensor(0.6, dtype=F64)}
+    bound.load_state_dict(state, assign=True)
+    torch.manual_seed(0)
+    value = bound(x)
+    torch.testing.assert_close(value, loss(0.6), rtol=1e-12, atol=0)
+    value.backward()
+    assert bound.beta.grad is not None
+
+
 @pytest.mark.parametrize("options", [{}, {"gradient": "vimco"}, {"gradient": "dreg"}], ids=str)
 def test_parameters_changed_before_the_backward_pass_raise(options):
     model = LinearGaussian().off_posterior()

@@ -6,11 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.distributions import AffineTransform, Independent, Normal, TransformedDistribution
+from torch.distributions import (
+    AffineTransform,
+    ComposeTransform,
+    Independent,
+    IndependentTransform,
+    Normal,
+    TransformedDistribution,
+)
 from toys import F64, Model, assert_same, loss_gradient
 
 from mcobjectives import CIWAE, IWAE, VAE, Median
 from mcobjectives.evaluation import evaluate
+from mcobjectives.sampling import caches
 from mcobjectives.testing import check_model
 
 X = torch.tensor([0.9, -0.4, 2.0], dtype=F64)
@@ -94,3 +102,60 @@ def test_chosen_samples_are_copies_that_a_flow_inverts():
 
 def test_the_kit_evaluates_a_flow_that_caches_at_copies_of_its_samples():
     assert all(finding.passed for finding in check_model(Affine(), X) if finding.property in ("score", "pathwise"))
+
+
+class Dropping(Affine):
+    """A second layer whose network drops at random, in samples and in log q alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.upper = torch.nn.Linear(2, 1, dtype=F64)
+
+    def posterior(self, x):
+        return _Layers(super().posterior(x), self.upper)
+
+    def log_likelihood(self, x, h):
+        return super().log_likelihood(x, h[0])
+
+    def log_prior(self, h):
+        return super().log_prior(h[0]) + Normal(0.0, 1.0).log_prob(h[1]).sum(-1)
+
+
+class _Layers:
+    has_rsample = False
+
+    def __init__(self, first, upper):
+        self.first, self.upper = first, upper
+
+    def _second(self, h1):
+        return Independent(Normal(torch.nn.functional.dropout(self.upper(h1), 0.3), 1.0), 1)
+
+    def sample(self, shape):
+        h1 = self.first.sample(shape)
+        return h1, self._second(h1).sample()
+
+    def log_prob(self, h):
+        return self.first.log_prob(h[0]) + self._second(h[0]).log_prob(h[1])
+
+
+@pytest.mark.parametrize("gradient", ["score", "vimco", "rws"])
+@pytest.mark.parametrize("k, chunk_size", [(60, None), (50, 20), (100, 75), (50, 5)])
+def test_a_dropout_in_q_repeats_itself_in_the_score_of_chunks(gradient, k, chunk_size):
+    model, objective = Dropping(), IWAE(k=k, gradient=gradient, chunk_size=chunk_size)
+    value, _ = loss_gradient(objective, model, X)
+    torch.manual_seed(0)
+    torch.testing.assert_close(-objective.bound(model, X).mean(), value, rtol=1e-12, atol=1e-12)
+
+
+def test_what_caches_is_told():
+    normal, cached = Normal(torch.zeros(3, 2), 1.0), AffineTransform(0.0, 2.0, cache_size=1)
+    plain = AffineTransform(0.0, 2.0)
+    assert not any(map(caches, (normal, Independent(normal, 1), TransformedDistribution(normal, [plain]))))
+    for transform in (
+        cached,
+        cached.inv,
+        ComposeTransform([plain, cached]),
+        IndependentTransform(plain, 1, cache_size=1),
+    ):
+        flow = TransformedDistribution(normal, [plain, transform])
+        assert caches(flow) and caches(Independent(flow, 0)), transform

@@ -29,6 +29,7 @@ from mcobjectives import (  # noqa: E402
     Power,
     Split,
 )
+from mcobjectives.evaluation import evaluate  # noqa: E402
 from mcobjectives.pyro import Arguments, ObjectiveELBO, PyroModel  # noqa: E402
 from mcobjectives.testing import check_model  # noqa: E402
 from mcobjectives.testing.models import model_findings  # noqa: E402
@@ -1455,6 +1456,44 @@ def test_a_guide_whose_support_moves_trains_by_plain_reparam_alone(first):
         assert torch.isfinite(IWAE(k=3, gradient=gradient).bound(pair, x)).all()
 
 
+def test_a_support_that_moves_with_other_samples_alone_is_none_that_moves():
+    """b in (a - 1, a + 1) with a reparameterised: the support of (a, b) has no parameters."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            b = pyro.sample("b", dist.Normal(a, 1.0))
+            pyro.sample("x", dist.Normal(a + b, 1.0), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", torch.tensor(0.3))
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(loc * x, 1.0))
+            pyro.sample("b", dist.Uniform(a - 1, a + 1))
+
+    pair, x = PyroModel(model, guide), torch.tensor([0.5, -1.0])
+    for gradient in ("reparam", "stl", "dreg", "score", "vimco"):
+        assert torch.isfinite(IWAE(k=3, gradient=gradient)(pair, x))
+
+
+def test_a_first_look_in_inference_mode_is_not_the_last():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+    def guide(x):
+        w = pyro.param("w", torch.tensor(0.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Uniform(x - w.exp(), x + w.exp()))
+
+    pair, x = PyroModel(model, guide), torch.tensor([0.5, -1.0])
+    guide(x)  # which makes the parameter
+    with torch.inference_mode():
+        IWAE(k=3).bound(pair, x)
+    with pytest.raises(ModelError, match="whose support moves"):
+        IWAE(k=3, gradient="score")(pair, x)
+
+
 def test_straight_through_sites_are_warned_of(monkeypatch):
     def model(x):
         with pyro.plate("data", len(x)):
@@ -1469,3 +1508,32 @@ def test_straight_through_sites_are_warned_of(monkeypatch):
     monkeypatch.setattr("mcobjectives.estimators._warned", set())
     with pytest.warns(UserWarning, match=r"h of the guide of site\(s\) z is discrete, and a gradient straight through"):
         IWAE(k=3)(PyroModel(model, guide), torch.tensor([0.0, 3.0]))
+
+
+def test_a_planar_flow_needs_no_inverse_at_any_k():
+    """Pyro's planar transform knows the density of its latest samples alone."""
+    planar = dist.transforms.Planar(2)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    def guide(x):
+        pyro.module("planar", planar)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.TransformedDistribution(dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1), planar))
+
+    pair, x = PyroModel(model, guide), torch.tensor([0.5, -1.0])
+    found = []
+    for size in (None, 7, 50):
+        torch.manual_seed(0)
+        loss = IWAE(k=120, chunk_size=size)(pair, x)
+        found.append((loss.detach(), *torch.autograd.grad(loss, list(planar.parameters()))))
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            close(one, two)
+    assert math.isfinite(evaluate(pair, x, k=120, chunk_size=7).nll)
+    for options in ({"gradient": "dreg"}, {"backward_samples": 5}):
+        with pytest.raises(ModelError, match="a flow without an inverse knows that of its latest samples alone"):
+            IWAE(k=60, **options)(pair, x).backward()

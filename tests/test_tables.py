@@ -462,6 +462,20 @@ def test_a_result_that_is_not_finite_is_not_one_that_is_not_run():
     assert found.figures == "1L iwae(k=1) 89 -> 1L iwae(k=5) not finite -> 1L iwae(k=50) 40"
 
 
+def test_a_pruned_nll_that_is_not_finite_is_said_and_seeds_are_counted():
+    def metrics(row, seed):
+        cost = None if seed == worst else 90.0
+        return {"nll_pruned": cost, "nll_unpruned_same_images": 88.0, "nll_pruned_stderr": 0.01}
+
+    worst = 1
+    [found] = [f for f in findings(made_up(6, seeds=3, metrics=metrics)) if "inactive" in f.claim]
+    assert (found.verdict, found.figures) == ("not finite", "1L median(k=50) not finite")
+    worst = None
+    done = made_up(6, seeds=3, metrics=metrics, missing=lambda row, seed: seed > 0)
+    [found] = [f for f in findings(done) if "inactive" in f.claim]
+    assert (found.verdict, found.figures) == ("holds", "1L median(k=50) +2.00 ± 0.01 (1 of 3 seeds)")
+
+
 def test_the_papers_own_verdict_stands_beside_a_claim_that_its_numbers_do_not_bear_out():
     def metrics(row, seed):
         return {"nll": 95.0 if "l_alpha" in row.objective else 88.0}

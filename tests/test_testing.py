@@ -447,6 +447,19 @@ def test_a_function_is_an_estimator_without_being_installed(monkeypatch):
         check_objective(IWAE(k=3, gradient=half_theta))
 
 
+@pytest.mark.filterwarnings("ignore:gradient='stl' is biased")
+@pytest.mark.parametrize("name", ["stl", "rws", "vimco"])
+def test_the_librarys_own_as_functions_are_judged_as_by_name(name):
+    objective = IWAE(k=8, gradient=plugins.get_estimator(name))
+    properties = [f.property for f in check_objective(objective)]
+    assert properties.count(f"estimator {name}") == 1 and len(set(properties)) == len(properties)
+
+
+@pytest.mark.parametrize("p", [12.0, 30.0, 40.0])
+def test_what_quadrature_cannot_tell_is_not_called_biased(p):
+    assert not broken(objective_findings(Power(k=4, p=p)))
+
+
 @pytest.mark.parametrize("subject", [IWAE, "iwae", None])
 def test_an_objective_is_checked_as_an_instance(subject):
     with pytest.raises(TypeError, match=r"^check_objective checks an instance, such as IWAE\(k=8\), got"):
@@ -787,6 +800,20 @@ def test_parameters_for_each_data_point_fix_the_batch(x):
     found = {f.property: f for f in check_model(OfEachPoint(), x)}
     assert found["sizes"].passed is None and "the batch is fixed" in found["sizes"].message
     assert found["leak"].passed and found["score"].passed
+
+
+class FixedBatch(Gaussian):
+    """A batch of five that is written down."""
+
+    def posterior(self, x):
+        mean, sd = self.moments(x)
+        return Independent(Normal(mean.expand(5, 2), sd.expand(5, 2)), 1)
+
+
+def test_a_batch_that_is_written_down_is_no_parameter_of_each_point(x):
+    with pytest.raises(ConformanceError, match=r"k = 4 and a batch of 1 give a bound of shape \(5,\)") as raised:
+        check_model(FixedBatch(), x)
+    assert raised.value.properties == {"sizes"}
 
 
 def test_a_missing_sum_is_told_with_the_batch_that_there_is(x):

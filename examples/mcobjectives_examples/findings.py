@@ -20,6 +20,7 @@ from mcobjectives_examples.verdicts import (
     alike,
     bent,
     half_interval,
+    of_seeds,
     ordered,
     unfallen,
     worst,
@@ -178,11 +179,11 @@ def _pruning(table_rows: Sequence[Row]) -> Iterator[Finding]:
     figures, verdicts = [], []
     for row in rows:
         recorded = [result["metrics"] for result in row.results if result is not None]
-        found = [m for m in recorded if None not in (m.get("nll_pruned"), m.get("nll_unpruned_same_images"))]
+        found = [m for m in recorded if "nll_pruned" in m and "nll_unpruned_same_images" in m]
         label = _label(row)
-        if not found:
-            figures.append(f"{label} not run")
-            verdicts.append("not run")
+        if not found or any(None in (m["nll_pruned"], m["nll_unpruned_same_images"]) for m in found):
+            verdicts.append("not finite" if found else "not run")
+            figures.append(f"{label} {verdicts[-1]}")
             continue
         costs = [m["nll_pruned"] - m["nll_unpruned_same_images"] for m in found]
         if not any(costs) and not any(m["nll_pruned_stderr"] for m in found):  # the very same model
@@ -193,7 +194,7 @@ def _pruning(table_rows: Sequence[Row]) -> Iterator[Finding]:
         if not few:
             stderr = max(stderr, statistics.stdev(costs) / math.sqrt(len(costs)))
             width = max(width, half_interval(costs))
-        figures.append(f"{label} {cost:+.2f} ± {stderr:.2f}")
+        figures.append(f"{label} {cost:+.2f} ± {stderr:.2f}{of_seeds(len(found), len(row.results))}")
         over = cost - PRUNING_OF_BGS16
         holds = over > (max(NOISE, width) if few else width)
         verdicts.append("holds" if holds else "does not hold" if over < -width else "within noise")

@@ -54,8 +54,7 @@ class Measured:
     def __str__(self) -> str:
         if self.lack:
             return f"{self.label} {self.lack}"
-        run = len(self.values)
-        return f"{self.label} {_rounded(self.mean)}" + ("" if run == self.seeds else f" ({run} of {self.seeds} seeds)")
+        return f"{self.label} {_rounded(self.mean)}{of_seeds(len(self.values), self.seeds)}"
 
 
 Series = Sequence[Measured]
@@ -137,8 +136,13 @@ def lacking(cells: Iterable[Measured]) -> str:
     return next((lack for lack in LACKS if lack in lacks), "")
 
 
+def of_seeds(run: int, seeds: int) -> str:
+    """How many seeds a figure is of, where not all are run."""
+    return "" if run == seeds else f" ({run} of {seeds} seeds)"
+
+
 def _rounded(value: float) -> str:
-    return f"{value:.2f}".removesuffix(".00")
+    return f"{round(value, 2) + 0.0:.2f}".removesuffix(".00")  # without a minus before zero
 
 
 def worst(verdicts: Sequence[str]) -> str:

@@ -125,6 +125,7 @@ class PyroModel(torch.nn.Module):
         self.model, self.guide = model, guide
         self.max_plate_nesting, self.weights, self.scaled = max_plate_nesting, weights, scaled
         self._structure: Structure | None = None
+        self._seen_in_inference = False
         self._independent = True  # until a run of the guide shows otherwise
 
     def posterior(self, x: Any) -> GuidePosterior:
@@ -151,8 +152,10 @@ class PyroModel(torch.nn.Module):
     def structure(self, x: Any) -> Structure:
         """The programs' plates, found by one plain run at x and kept."""
         args, kwargs = _as_arguments(x)
-        if self._structure is None:
+        inference = torch.is_inference_mode_enabled()  # where no gradient shows what moves
+        if self._structure is None or (self._seen_in_inference and not inference):
             self._structure = inspect(self.model, self.guide, args, kwargs)
+            self._seen_in_inference = inference
         return self._structure
 
     def sites(self, h: Sites) -> dict[str, Tensor]:
@@ -227,11 +230,11 @@ class GuidePosterior:
         self.owner, self.args, self.kwargs, self.layout = owner, args, kwargs, layout
         self.subsamples: dict[str, Any] = dict(subsamples or {})
         self._drawn = set(self.subsamples)
-        structure = owner.structure(Arguments(*args, **kwargs))
+        self.arguments = Arguments(*args, **kwargs)
+        structure = owner.structure(self.arguments)
         self.has_rsample = not structure.without_rsample
         self.is_discrete, self.moving_support = bool(structure.discrete), bool(structure.moving_support)
-        named = dict.fromkeys((*structure.without_rsample, *structure.discrete, *structure.moving_support))
-        self.description = f"the guide of site(s) {', '.join(named)}" if named else "the guide"
+        self.caches = structure.caches
         # Distributions that do not depend on other sites' samples are kept: no further execution is needed.
         self._kept: Trace | None = None
         if owner._independent:
@@ -265,6 +268,10 @@ class GuidePosterior:
         total = self.layout.sum((s for s in h.posterior.evaluate(h).values() if s.free), h.k, self.owner.scaled)
         assert total is not None
         return total
+
+    def named_by_sites(self, what: str) -> str:
+        """The guide by its sites that are `what` the structure tells, for messages."""
+        return f"the guide of site(s) {', '.join(getattr(self.owner.structure(self.arguments), what))}"
 
     def note(self, run: Recorder) -> None:
         """Remember the subsamples that an execution has drawn: the samples belong to them."""

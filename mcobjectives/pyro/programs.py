@@ -72,6 +72,7 @@ class Recorder(Messenger):
         given: values of latent sites. The others are drawn if `draw`, and refused if not.
         subsamples: indices of subsampling plates by name; what is missing is drawn and added.
         preview: do not advance the random number generator for the draws of sites.
+        detach: cut the draws of random sites off, so that only parameters carry a gradient.
     """
 
     def __init__(
@@ -83,10 +84,11 @@ class Recorder(Messenger):
         given: Mapping[str, Tensor] | None = None,
         draw: bool = True,
         preview: bool = False,
+        detach: bool = False,
     ) -> None:
         super().__init__()
         self.n, self.nesting, self.subsamples = n, nesting, subsamples
-        self.given, self.draw, self.preview = given or {}, draw, preview
+        self.given, self.draw, self.preview, self.detach = given or {}, draw, preview, detach
         self.sites: dict[str, Site] = {}
         self.subsampled: set[str] = set()  # the plates of which a part was drawn in this run
 
@@ -156,6 +158,8 @@ class Recorder(Messenger):
         value = self._samples(name, fn)
         if state is not None:
             set_rng_state(state)
+        if self.detach and not is_delta(fn):
+            return value.detach()
         if torch.is_grad_enabled() and fn.has_rsample and not value.requires_grad and not is_delta(fn):
             parameterless(value)  # nothing is lost
         return value

@@ -12,7 +12,7 @@ from pyro.poutine.messenger import Messenger
 from mcobjectives.context import rng_state, set_rng_state
 from mcobjectives.model import ModelError
 from mcobjectives.pyro.programs import Program, Recorder, Site, check_declared, common_plates, is_factor
-from mcobjectives.sampling import is_discrete, moving_support
+from mcobjectives.sampling import caches, is_discrete, moving_support
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Structure:
     without_rsample: tuple[str, ...]  # random sites of the guide, as are the next two
     discrete: tuple[str, ...]
     moving_support: tuple[str, ...]
+    caches: bool
     subsampled: bool
 
 
@@ -38,6 +39,9 @@ def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[
             guide_run = Recorder(None, 0, {})
             q = guide_run.run(guide, args, kwargs)
             check_guide(q)
+            moving = _moving(q)
+            if moving:  # or was it with other sites' samples?
+                moving = _moving(Recorder(None, 0, guide_run.subsamples, detach=True).run(guide, args, kwargs))
             given = {name: site.value for name, site in q.items()}
             p = Recorder(None, 0, guide_run.subsamples, given=given, draw=False).run(model, args, kwargs)
     finally:
@@ -55,9 +59,14 @@ def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[
         refusal=None if plates or not local else _refusal(q, p),
         without_rsample=tuple(site.name for site in free if not site.fn.has_rsample),
         discrete=tuple(site.name for site in free if is_discrete(site.fn)),
-        moving_support=tuple(site.name for site in free if moving_support(site.fn)),
+        moving_support=moving,
+        caches=any(caches(site.fn) for site in free),
         subsampled=bool(guide_run.subsampled),
     )
+
+
+def _moving(q: dict[str, Site]) -> tuple[str, ...]:
+    return tuple(site.name for site in q.values() if site.free and moving_support(site.fn))
 
 
 def check_guide(q: dict[str, Site]) -> None:

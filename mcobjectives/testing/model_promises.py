@@ -153,6 +153,14 @@ def _rows(s: Subject, x: Any) -> int:
         return posterior.log_prob(draw(posterior, 1)).shape[1]
 
 
+def _ignores_x(s: Subject) -> bool:
+    """Whether q(h | x) stays as it is when a data point becomes another."""
+    with torch.no_grad():
+        h = pytree.tree_map(Tensor.detach, draw(s.model.posterior(s.x), s.k))
+        both = (s.model.posterior(x).log_prob(h) for x in (s.x, _overwritten(s.x, 0, 0)))
+        return torch.equal(*both)
+
+
 def _batch(s: Subject) -> int:
     batch = _rows(s, s.x)
     leaves = pytree.tree_leaves(s.x)
@@ -236,7 +244,7 @@ def _untouched(before: Tensor, after: Tensor, others: Tensor, what: str, unit: s
 def sizes(s: Subject) -> None:
     batch = _batch(s)
     one = pytree.tree_map(lambda part: part[:1], s.x)
-    if _rows(s, one) == batch > 1:
+    if _rows(s, one) == batch > 1 and _ignores_x(s):
         raise Unchecked(
             f"q(h | x) has {batch} data points for the first row of x too (parameters for each?): the batch is fixed"
         )
