@@ -11,6 +11,11 @@ def inclusion_probabilities(importance: Tensor, m: int) -> Tensor:
 
     `importance` v is `(k, batch)`, non-negative; the result is float64 `(k, batch)`.
     """
+    return _inclusion(importance, m)[0]
+
+
+def _inclusion(importance: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """These, and the indices of the m largest v, largest first, `(min(m, k), batch)`."""
     v = importance.double()
     largest, index = v.topk(min(m, len(v)), dim=0)
     rest = v.scatter(0, index, 0.0).sum(0)
@@ -21,21 +26,24 @@ def inclusion_probabilities(importance: Tensor, m: int) -> Tensor:
     fits = largest <= taus * (1 + 1e-12)
     fits[-1] = True  # with one place left, the mass of the rest is at least its largest part
     tau = taus.gather(0, fits.to(torch.uint8).argmax(0, keepdim=True))
-    return torch.where(v > 0, (v / tau).clamp(max=1.0), 0.0)
+    return torch.where(v > 0, (v / tau).clamp(max=1.0), 0.0), index
 
 
 def select(importance: Tensor, m: int, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """Systematic sampling with those probabilities: `(index, multiplier)`, each `(m, batch)`.
+    """Systematic sampling with those probabilities: `(index, multiplier)`, each `(m, batch)`, for m up to k.
 
     `offset` is uniform in [0, 1), `(batch,)`. The multiplier is 1 / pi of the chosen sample, so that for any f
     E[sum_j multiplier_j f(index_j)] = sum_i f(i) over the samples with v_i > 0. Surplus places have multiplier zero.
     """
-    pi = inclusion_probabilities(importance, m)
-    edges = pi.T.contiguous().cumsum(1)
+    pi, largest = _inclusion(importance, m)
+    certain = pi >= 1
+    edges = torch.where(certain, 0.0, pi).T.contiguous().cumsum(1)
     # Rounding may leave the last edge a hair beside the whole number that it is.
     edges = torch.where(edges >= edges[:, -1:], edges[:, -1:].round(), edges)
-    points = offset.double().unsqueeze(1) + torch.arange(m, dtype=torch.float64, device=pi.device)
-    index = torch.searchsorted(edges, points, right=True).T
+    # Those that are kept for certain take the first places: in one sum with the others rounding could lose them.
+    place = torch.arange(m, device=pi.device).unsqueeze(1) - certain.sum(0)
+    drawn = torch.searchsorted(edges, (offset.double() + place).T.contiguous(), right=True).T
+    index = torch.where(place < 0, largest, drawn)
     surplus = index >= pi.shape[0]
     index = index.clamp(max=pi.shape[0] - 1)
     # However unlikely the sample, its multiplier is a number that float32 holds too.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal
 from toys import (
@@ -415,6 +415,7 @@ def test_inclusion_probabilities_follow_the_threshold_rule(values, m):
 
 @given(importances, st.integers(1, 12), offsets)
 @settings(deadline=None, max_examples=200)
+@example([1.0, 1.0, 1.0, 0.09640591629546984, 1.0, 0.06824734073425107, 1.0], 6, 0.0)  # whose pi sum up to 6 + 1e-15
 def test_a_selection_has_no_duplicates_and_the_whole_weight(values, m, offset):
     v = torch.tensor(values, dtype=F64).unsqueeze(1)
     m = min(m, len(values))
