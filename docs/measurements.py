@@ -230,6 +230,25 @@ def final_nll(record: dict[str, Any]) -> str:
     return recorded(record, header, lines, right=(1, 2), said=said)
 
 
+def rates(record: dict[str, Any]) -> str:
+    """A two-layer VAE after the same passes at other peak rates."""
+    lines = [
+        (
+            f"{row['rate']:g}",
+            f"{row['nll']:.2f}",
+            f"{row['kl_posterior']:.2f}",
+            "+".join(map(str, row["active_units"])),
+        )
+        for row in sorted(record["rows"], key=lambda row: -row["rate"])
+    ]
+    header = ("peak learning rate", "NLL", "KL", "active units, lower + upper")
+    said = (
+        f"Two-layer VAE of {record['k']} sample{'s' if record['k'] > 1 else ''}, {record['passes']} passes of "
+        f"{record['dataset']}, one seed; NLL on {record['test_images']} random test images, the same for all."
+    )
+    return recorded(record, header, lines, right=range(4), said=said)
+
+
 def snr(record: dict[str, Any]) -> str:
     """Slopes of log SNR in log k on Rainforth's toy."""
     lines = [
@@ -445,6 +464,7 @@ MEASUREMENTS: dict[str, Callable[[dict[str, Any]], str]] = {
         precision,
         time_to_nll,
         final_nll,
+        rates,
         snr,
         memory,
         pyro_step,
