@@ -22,7 +22,7 @@ from mcobjectives_examples.files import write_json
 from mcobjectives_examples.presets import get_preset
 from mcobjectives_examples.provenance import provenance
 
-METRICS = ("nll", "kl_posterior", "active_units", "reconstruction_error", "test_images")
+METRICS = ("nll", "kl_posterior", "active_units", "reconstruction_error")
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
         place = Place(args.work / f"{rate:g}", torch.device("cpu"))
         place.out.mkdir(parents=True, exist_ok=True)
         metrics = run_cell(config, dataset, place)["metrics"]
-        rows.append({"rate": rate, **{name: metrics[name] for name in METRICS if name in metrics}})
+        rows.append({"rate": rate, **{name: metrics[name] for name in METRICS}})
         print(rows[-1], flush=True)
         if args.out:
             about = {name: getattr(args, name) for name in ("dataset", "passes", "k", "test_images")}

@@ -16,6 +16,7 @@ LEAST_SEEDS = 3
 """From so many on, a difference proves nothing while its 95 % t interval holds zero."""
 
 LACKS = ("not run", "not finite")
+"""What stands against any verdict, the first before the second."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def half_interval(*samples: Sequence[float]) -> float:
 
 
 def lacking(cells: Iterable[Measured]) -> str:
-    """What stands against a verdict: cells that are not run, or not finite."""
+    """What a claim's cells lack, empty where nothing stands against a verdict."""
     lacks = {cell.lack for cell in cells}
     return next((lack for lack in LACKS if lack in lacks), "")
 

@@ -209,9 +209,8 @@ def leak(s: Subject) -> None:
         column = everything.clone()
         column[:, j] = False
         for what, x in (("x", _overwritten(s.x, 0, j)), ("h", s.x)):
-            changed = _with_samples(
-                h, j, draw(s.model.posterior(x), k)
-            )  # its old ones may be outside the new q's support
+            # Its old samples may be outside the support of the new q.
+            changed = _with_samples(h, j, draw(s.model.posterior(x), k))
             torch.manual_seed(s.seed)
             _untouched(before, _log_w(s, x, changed), column, f"changing {what} of data point {j}", "data point")
     row = everything.clone()
