@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_pyro import clean, close, conjugate, exact_guide  # noqa: F401  the fixture is for every test
+from pyro_toys import clean, close, conjugate, exact_guide  # noqa: F401  the fixture is for every test
 
 pyro = pytest.importorskip("pyro")
 
