@@ -25,7 +25,10 @@ log = logging.getLogger("mkdocs.hooks.generated")
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MARKER = re.compile(r"<!-- generated: (\w+) -->")
-NEAR = {"short": 1.5, "paper": 0.5}  # nats: how near to the paper a preset is meant to come
+NEAR = {
+    "short": 1.5,
+    "paper": 0.5,
+}  # nats: how near to the paper a preset is meant to come
 
 
 def on_files(files: Any, *, config: Any) -> Any:

@@ -53,15 +53,11 @@ def _entry(name: str) -> Entry:
 
 
 def _allows(objective: Any, estimator: str) -> bool:
-    for candidate in (objective, _with_k(objective, 2)):  # VIMCO needs two samples, and VAE's default is one
+    for changes in ({}, {"k": 2}):  # VIMCO needs two samples, and VAE's default is one
         try:
             with warnings.catch_warnings(action="ignore"):
-                replace(candidate, gradient=estimator)
+                replace(objective, gradient=estimator, **changes)
             return True
         except Exception:
             continue
     return False
-
-
-def _with_k(objective: Any, k: int) -> Any:
-    return replace(objective, k=k) if any(f.name == "k" for f in fields(objective)) else objective

@@ -194,9 +194,12 @@ class Objective(ABC):
                 "biased: use gradient='vimco' for an unbiased one"
             )
         if not self.plan.plain and moving_support(posterior):
+            culprit, mend = f"gradient={self.gradient!r}", "gradient='reparam'"
+            if self.weighs_itself:
+                culprit, mend = type(self).__name__, "an objective without weights of its own"
             raise ModelError(
-                f"gradient={self.gradient!r} is wrong for {named(posterior, 'moving_support')}, whose support moves "
-                "with its parameters: use gradient='reparam'"
+                f"{culprit} is wrong for {named(posterior, 'moving_support')}, whose support moves "
+                f"with its parameters: use {mend}"
             )
 
     @cached_property
@@ -214,10 +217,12 @@ class Objective(ABC):
         except ValueError:
             raise
         except Exception as error:
-            who = plugins.whose(plugins.ESTIMATORS, self.gradient)
-            raise plugins.PluginError(
-                f"{who} does not work with {type(self).__name__}: {type(error).__name__}: {error}"
-            ) from error
+            name = type(self).__name__
+            if self.weighs_itself:
+                who = f"the weights of {name} do not work"
+            else:
+                who = f"{plugins.whose(plugins.ESTIMATORS, self.gradient)} does not work with {name}"
+            raise plugins.PluginError(f"{who}: {type(error).__name__}: {error}") from error
 
     def __post_init__(self) -> None:
         given = [name for name in ("chunk_size", "backward_samples") if getattr(self, name) is not None]

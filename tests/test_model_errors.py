@@ -33,8 +33,10 @@ from mcobjectives import (
     Model,
     ModelError,
     Objective,
+    PluginError,
     Posterior,
     Power,
+    Split,
     get_objective,
     objective_names,
     parameterless,
@@ -431,6 +433,24 @@ def test_a_support_that_moves_with_q_is_refused_but_for_reparam(make):
         with pytest.raises(ModelError, match="whose support moves with its parameters: use gradient='reparam'"):
             objective(model, X)
         assert torch.isfinite(objective.bound(model, X)).all()
+    both = Split(generative=IWAE(k=3), inference=VAE(k=3))
+    with pytest.raises(ModelError, match=r"^Split is wrong for .*: use an objective without weights of its own"):
+        both(model, X)
+
+
+def test_weights_of_its_own_that_fail_are_the_objectives_fault():
+    @dataclass(frozen=True)
+    class Own(Objective):
+        k: int = 3
+
+        def reduce(self, log_w):
+            return log_w.mean(0)
+
+        def weights(self, log_w):
+            raise KeyError("lost")
+
+    with pytest.raises(PluginError, match=r"^the weights of Own do not work: KeyError: 'lost'"):
+        Own()
 
 
 def test_straight_through_samples_are_warned_of(monkeypatch):

@@ -249,6 +249,30 @@ def test_what_fails_when_it_is_made_is_reported_by_its_distribution(install):
     assert not entries["iwae"].error and "two" not in entries["iwae"].estimators
 
 
+ODD = """
+    from dataclasses import dataclass
+    from mcobjectives import Objective
+
+    @dataclass(frozen=True)
+    class Odd(Objective):
+        k: int = 3
+
+        def __post_init__(self):
+            if self.k % 2 == 0:
+                raise ValueError("k must be odd")
+            super().__post_init__()
+
+        def reduce(self, log_w):
+            return log_w.mean(0)
+"""
+
+
+def test_an_objective_that_takes_odd_k_alone_is_listed_with_all_others(install):
+    install("acme-odd", ODD, objectives={"acme_odd": "acme_odd:Odd"})
+    entries = {entry.name: entry for entry in catalogue()}
+    assert "dreg" in entries["acme_odd"].estimators and "vimco" in entries["vae"].estimators
+
+
 def test_the_command_line_lists_every_broken_plugin_and_all_that_works(install, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["mcobj", "objectives", "--json"])
     install("acme-broken", "import not_installed_anywhere", objectives={"acme_broken": "acme_broken:Thing"})
