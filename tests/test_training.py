@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from itertools import accumulate
+from itertools import accumulate, product
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from mcobjectives_examples.config import Config, canonical, training_objective
 from mcobjectives_examples.downloads import DataError
 from mcobjectives_examples.engine import Engine, choose_engine, flat_adam, make_step
 from mcobjectives_examples.files import OutputError
-from mcobjectives_examples.precision import products
+from mcobjectives_examples.precision import in_bfloat16, products, set_precision
 from mcobjectives_examples.presets import PRESETS, capped, configured, get_preset
 from mcobjectives_examples.training import Interrupted, Trainer, TrainingError
 
@@ -435,7 +435,7 @@ def no_compiler(monkeypatch):
 @pytest.mark.parametrize("wanted", ["auto", "compiled"])
 def test_without_a_compiler_steps_are_eager_and_the_user_is_told(trainer, no_compiler, wanted):
     run = trainer()
-    chosen = choose_engine(wanted, run.objective, run.model, run.pixels[:100], steps=10**9)
+    chosen = choose_engine(wanted, run.objective, run.model, "highest", run.pixels[:100], steps=10**9)
     assert chosen == Engine("eager", "no working compiler (RuntimeError)")
     notes = []
     told = trainer(engine="compiled", note=notes.append)
@@ -446,9 +446,31 @@ def test_without_a_compiler_steps_are_eager_and_the_user_is_told(trainer, no_com
 def test_choosing_an_engine_leaves_no_trace(trainer):
     run = trainer()
     state, parameters = torch.get_rng_state(), [p.clone() for p in run.model.parameters()]
-    assert choose_engine("auto", run.objective, run.model, run.pixels[:100], steps=10).name == "eager"
+    assert choose_engine("auto", run.objective, run.model, "highest", run.pixels[:100], steps=10).name == "eager"
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None and torch.equal(p, q) for p, q in zip(run.model.parameters(), parameters, strict=True))
+
+
+def test_an_engine_is_chosen_for_the_precision_that_will_be_trained_in(trainer, monkeypatch):
+    run, seen = trainer(), []
+
+    def timed(step, times):
+        seen.append((in_bfloat16(), torch.get_float32_matmul_precision()))
+        step()
+        return 0.0
+
+    monkeypatch.setattr(engine, "fastest", timed)
+    for precision, before in product(("highest", "medium", "bf16"), ("highest", "medium")):
+        set_precision(before)
+        choose_engine("auto", run.objective, run.model, precision, run.pixels[:100], steps=10)
+    set_precision("highest")
+    assert seen == 2 * [(False, "highest")] + 2 * [(False, "medium")] + 2 * [(True, "medium")]
+
+
+def test_a_preset_is_read_without_a_trace_in_torch():
+    for precision in ("bf16", "highest"):
+        configured("smoke", [], precision)
+        assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_a_restarted_run_keeps_its_engine(saved, trainer):
@@ -729,7 +751,7 @@ def test_resampled_mixed_training_ends_where_the_exact_one_does(trainer):
     exact = final("exact")
     for precision in ("mixed", "bf16"):
         assert abs(exact - final(precision, backward_samples=3, precision=precision)) < 0.3
-    configured("smoke", [])
+    set_precision("highest")
 
 
 @pytest.mark.slow

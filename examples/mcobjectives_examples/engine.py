@@ -207,7 +207,7 @@ class _GraphStep:
         return self.loss.clone()
 
 
-def choose_engine(wanted: str, objective: Objective, model: nn.Module, x: Tensor, steps: int) -> Engine:
+def choose_engine(wanted: str, objective: Objective, model: nn.Module, precision: str, x: Tensor, steps: int) -> Engine:
     """ "auto" is a CUDA graph on a GPU, and compiles on a CPU where that saves more time than it takes."""
     require_engine(wanted)
     require_memory(objective, x)
@@ -223,7 +223,8 @@ def choose_engine(wanted: str, objective: Objective, model: nn.Module, x: Tensor
         return _compiled("as asked", objective, x.device)
     if x.device.type != "cpu":
         return Engine("eager", "compiled steps are not the default on this device")
-    with generators_at(rng_state()):
+    set_precision(precision)
+    with generators_at(rng_state()), products(precision):
         step = fastest(lambda: objective(model, x).backward(), 3)
     model.zero_grad(set_to_none=True)
     saved = step * steps * _GAIN_OF_COMPILING

@@ -15,10 +15,15 @@ PRECISIONS = {
 }
 
 
-def set_precision(precision: str) -> None:
-    """Set torch's float32 matrix products as `PRECISIONS` says; raises `ValueError` for another name."""
+def require_precision(precision: str) -> None:
+    """Raise `ValueError` unless it is one of `PRECISIONS`."""
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: choose from {', '.join(PRECISIONS)}")
+
+
+def set_precision(precision: str) -> None:
+    """Set torch's float32 matrix products as `PRECISIONS` says; raises `ValueError` for another name."""
+    require_precision(precision)
     torch.set_float32_matmul_precision("highest" if precision == "highest" else "medium")
 
 

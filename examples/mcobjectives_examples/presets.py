@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from mcobjectives import MIWAE, Split
 from mcobjectives.specs import format_objective, parse_objective
 from mcobjectives_examples.datasets import default_binarisation
-from mcobjectives_examples.precision import set_precision
+from mcobjectives_examples.precision import require_precision
 
 PRESETS: dict[str, Preset] = {}
 
@@ -130,9 +130,8 @@ def configured(name: str, overrides: Sequence[str], precision: str | None = None
             cap = int(value)
         else:
             preset = preset.with_passes(int(value)) if key == "passes" else replace(preset, **{key: int(value)})  # type: ignore[arg-type]
-    preset = replace(preset, precision=precision or preset.precision)
-    set_precision(preset.precision)  # an unknown one raises here
-    return preset, cap
+    require_precision(precision or preset.precision)
+    return replace(preset, precision=precision or preset.precision), cap
 
 
 def capped(spec: str, cap: int | None) -> str:

@@ -126,7 +126,8 @@ class Stack:
         if before:
             first.note(f"the checkpoints are of {', '.join(sorted(before))} steps: last digits may differ")
         steps = sum(trainer.steps_left for trainer in self.trainers)
-        alone = choose_engine(first.wanted_engine, first.objective, first.model, x, steps)
+        precision = first.preset.precision
+        alone = choose_engine(first.wanted_engine, first.objective, first.model, precision, x, steps)
         return STACKED_EAGER if alone.name == "eager" else STACKED
 
     def _inputs(self) -> list[Tensor]:

@@ -167,7 +167,7 @@ class Trainer:
             self.note(f"the checkpoint is of {before.name} steps, now it goes on alone: last digits may differ")
             before = None
         wanted = before.name if before else self.wanted_engine
-        chosen = choose_engine(wanted, self.objective, self.model, x, self.steps_left)
+        chosen = choose_engine(wanted, self.objective, self.model, precision, x, self.steps_left)
         interrupted = stop() and not already  # a Ctrl-C stops a compiler too, whose failure then says nothing
         self.engine = before if interrupted or (before and before.name == chosen.name) else chosen
         self.save()  # a folder that cannot be written shows before the work
