@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from mcobjectives.data import in_float64
+
 _EQUAL = 1e-3
 
 
@@ -37,7 +39,7 @@ def pareto_khat(largest: Tensor) -> Tensor:
     tail = largest.shape[0] - 1
     if tail < 5:
         return torch.full_like(largest[0], math.nan)
-    largest = (largest.cpu() if largest.device.type == "mps" else largest).double()  # mps has no float64
+    largest = in_float64(largest)
     tiny = torch.finfo(largest.dtype).tiny
     weights = torch.exp(largest - largest[0])
     excess = (weights[:-1] - weights[-1]).flip(0)  # ascending

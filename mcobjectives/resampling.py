@@ -6,16 +6,12 @@ import torch
 from torch import Tensor
 
 
-def inclusion_probabilities(importance: Tensor, m: int) -> Tensor:
-    """pi_i = min(v_i / tau, 1) with tau such that they sum to m (or to the number of non-zero v_i, if that is fewer).
+def inclusion(importance: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """The probabilities pi, float64 `(k, batch)`, and the indices of the m largest v in order, `(min(m, k), batch)`.
 
-    `importance` v is `(k, batch)`, non-negative; the result is float64 `(k, batch)`.
+    pi_i = min(v_i / tau, 1) with tau such that they sum to m (or to the number of non-zero v_i, if that is fewer), for
+    v = `importance`, `(k, batch)` and not negative.
     """
-    return _inclusion(importance, m)[0]
-
-
-def _inclusion(importance: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """These, and the indices of the m largest v, largest first, `(min(m, k), batch)`."""
     v = importance.double()
     largest, index = v.topk(min(m, len(v)), dim=0)
     rest = v.scatter(0, index, 0.0).sum(0)
@@ -35,7 +31,7 @@ def select(importance: Tensor, m: int, offset: Tensor) -> tuple[Tensor, Tensor]:
     `offset` is uniform in [0, 1), `(batch,)`. The multiplier is 1 / pi of the chosen sample, so that for any f
     E[sum_j multiplier_j f(index_j)] = sum_i f(i) over the samples with v_i > 0. Surplus places have multiplier zero.
     """
-    pi, largest = _inclusion(importance, m)
+    pi, largest = inclusion(importance, m)
     certain = pi >= 1
     edges = torch.where(certain, 0.0, pi).T.contiguous().cumsum(1)
     # Rounding may leave the last edge a hair beside the whole number that it is.

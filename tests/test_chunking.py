@@ -31,7 +31,7 @@ import mcobjectives.bounds
 from mcobjectives import CIWAE, IWAE, MIWAE, VAE, LAlpha, Median, ModelError, Objective, Power, Split, parameterless
 from mcobjectives.context import generators_at, rng_state, same_state
 from mcobjectives.reductions import effective_sample_size
-from mcobjectives.resampling import inclusion_probabilities, select
+from mcobjectives.resampling import inclusion, select
 from mcobjectives.sampling import Samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:gradient='stl' is biased")
@@ -403,7 +403,7 @@ offsets = st.integers(0, 1008).map(lambda i: i / 1009)
 def test_inclusion_probabilities_follow_the_threshold_rule(values, m):
     v = torch.tensor(values, dtype=F64)
     m = min(m, len(values))
-    pi = inclusion_probabilities(v.unsqueeze(1), m).squeeze(1)
+    pi = inclusion(v.unsqueeze(1), m)[0].squeeze(1)
     assert ((pi >= 0) & (pi <= 1)).all() and ((pi > 0) == (v > 0)).all()
     assert pi.sum().item() == pytest.approx(min(m, int((v > 0).sum())), abs=1e-9)
     rest = pi < 1
@@ -429,7 +429,7 @@ def test_a_selection_has_no_duplicates_and_the_whole_weight(values, m, offset):
 
 def offsets_of(importance, m):
     """The offsets between which the selection does not change: a value within each piece, and its length."""
-    edges = inclusion_probabilities(importance, m).cumsum(0).squeeze(1)
+    edges = inclusion(importance, m)[0].cumsum(0).squeeze(1)
     breaks = torch.cat([torch.tensor([0.0, 1.0], dtype=F64), edges % 1]).sort().values
     lengths = breaks.diff()
     return (breaks[:-1] + lengths / 2)[lengths > 0], lengths[lengths > 0]
@@ -480,7 +480,7 @@ EXTREME = {
 def test_extreme_weights_are_selected_without_bias(name, m):
     v = torch.tensor(EXTREME[name], dtype=F64)
     mean, variance, each = selection_moments(v, m, v)
-    likely = inclusion_probabilities(v.unsqueeze(1), m).squeeze(1) > 1e-12
+    likely = inclusion(v.unsqueeze(1), m)[0].squeeze(1) > 1e-12
     torch.testing.assert_close(each[likely], torch.ones(int(likely.sum()), dtype=F64), rtol=0, atol=1e-9)
     assert (each[v == 0] == 0).all()
     torch.testing.assert_close(mean, v.sum(), rtol=1e-12, atol=0)

@@ -103,10 +103,11 @@ def _by_family(by: Grid) -> Iterator[Finding]:
 
 
 def _l_alpha_or_median(table_rows: Sequence[Row], peers: Grid) -> Iterator[Finding]:
+    alphas = _rows_of(table_rows, LAlpha)
+    if len(alphas) > 1:
+        yield alike("L_alpha: alpha makes no difference to the NLL", _all(alphas, "nll"))
     for name, kind in (("L_alpha", LAlpha), ("the median", Median)):
         rows = _rows_of(table_rows, kind)
-        if len(rows) > 1:
-            yield alike(f"{name}: alpha makes no difference to the NLL", _all(rows, "nll"))
         for family in ("vae", "iwae") if rows else ():
             series = [_all([peer, row], "nll") for row in rows if (peer := peers.get((1, family, row.k)))]
             if series:

@@ -35,12 +35,6 @@ NAMES = {
 _IN_THE_FLAG = ("khat_mean", "khat_unreliable")
 
 
-def unreliable(result: dict[str, Any]) -> bool:
-    """Whether k-hat is too high for too many test images."""
-    share = result["metrics"].get("khat_unreliable")
-    return share is not None and share > render.MOST_UNRELIABLE
-
-
 def metric_tables(records: Records) -> list[Block]:
     """A table for each data set and protocol: a row for each cell and seed."""
     groups: defaultdict[str, Records] = defaultdict(dict)

@@ -57,12 +57,17 @@ def trust(row: Row) -> list[str]:
     return ["" if ess is None else f"{ess:.3g}", khat_cell(khat, share)]
 
 
+def unreliable(share: float | None) -> bool:
+    """Whether k-hat is too high for too large a share of the test images."""
+    return share is not None and share > MOST_UNRELIABLE
+
+
 def khat_cell(khat: float | None, share: float | None) -> str:
     """Mean k-hat, the share of images for which it is too high, and a flag where these are many."""
     if share is None:
         return ""
     shown = "none finite" if khat is None else f"{khat:.2f}"
-    return f"{shown} ({100 * share:.0f} %)" + (f" {UNRELIABLE}" if share > MOST_UNRELIABLE else "")
+    return f"{shown} ({100 * share:.0f} %)" + (f" {UNRELIABLE}" if unreliable(share) else "")
 
 
 def title(number: int | str, table_rows: Sequence[Row]) -> str:

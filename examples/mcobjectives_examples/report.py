@@ -14,7 +14,7 @@ from mcobjectives_examples.blocks import Block, Bullets, Picture, Section, Text,
 from mcobjectives_examples.figures import FIGURES, Figure
 from mcobjectives_examples.files import write_atomically
 from mcobjectives_examples.findings import findings
-from mcobjectives_examples.metric_tables import metric_tables, unreliable
+from mcobjectives_examples.metric_tables import metric_tables
 from mcobjectives_examples.origins import origin_blocks
 from mcobjectives_examples.paper import paper, table
 from mcobjectives_examples.records import Records, TableRun, missing, read, table_runs
@@ -77,8 +77,8 @@ def _table_section(run: TableRun) -> Section:
 
 def _summary(records: Records, runs: Sequence[TableRun], drawings: Sequence[Picture]) -> Bullets:
     verdicts = Counter(found.verdict for run in runs for found in findings(run.rows))
-    doubtful = sum(map(unreliable, records.values()))
-    unknown = sum(result["metrics"].get("khat_unreliable") is None for result in records.values())
+    shares = [result["metrics"].get("khat_unreliable") for result in records.values()]
+    doubtful, unknown = sum(map(render.unreliable, shares)), shares.count(None)
     numbers = list(dict.fromkeys(run.number for run in runs))
     tables = f", of the paper's {'table' if len(numbers) == 1 else 'tables'} {', '.join(numbers)}" if numbers else ""
     items = [

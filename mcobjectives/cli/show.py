@@ -60,7 +60,7 @@ class CellBar:
 
 
 @contextmanager
-def interruptible(how: str = "after this step, with a checkpoint") -> Iterator[Callable[[], bool]]:
+def interruptible(how: str) -> Iterator[Callable[[], bool]]:
     """A function that turns true at the first Ctrl-C; a second one interrupts at once."""
     asked = False
 

@@ -6,12 +6,12 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mcobjectives import plugins
 from mcobjectives.objective import Objective
 from mcobjectives.plugins import Estimator
 from mcobjectives.testing.exact import NAMES, Discrete, Exact, Gaussian
+from mcobjectives.testing.promises import extremes
 from mcobjectives.testing.report import Broken, Finding, Unchecked, find, verdict
 from mcobjectives.testing.sizes import first_possible
 
@@ -190,12 +190,14 @@ def _is_linear(objective: Objective) -> bool:
 def _weights_finding(name: str | Estimator) -> Finding:
     def check() -> None:
         objective = plugins.get_objective("iwae")(k=4, gradient=name)
-        for log_w in (torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), _extremes()):
+        for log_w in (torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), extremes(4).float()):
             for letter, weight in zip("acs", objective.weights(log_w), strict=True):
                 if weight is None:
                     continue
                 if weight.shape != log_w.shape or weight.dtype != log_w.dtype:
-                    raise Broken(f"{letter} is {tuple(weight.shape)} {weight.dtype} for log-weights (4, 3) float32")
+                    raise Broken(
+                        f"{letter} is {tuple(weight.shape)} {weight.dtype} for log-weights {tuple(log_w.shape)} float32"
+                    )
                 if not bool(torch.isfinite(weight).all()):
                     raise Broken(f"{letter} is NaN or infinite for log-weights of +-1e4")
         log_w = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
@@ -210,10 +212,6 @@ def _weights_finding(name: str | Estimator) -> Finding:
                     raise Broken(f"{letter} of a data point depends on the others in its batch")
 
     return find("weights", "weights a, c, s that are not (k, batch) or None, or exp of log-weights", check)
-
-
-def _extremes() -> Tensor:
-    return torch.tensor([[1e4, -1e4, 1e4], [1e4, -1e4, -1e4], [1e4, -1e4, 0.0], [1e4, 1e4, -1e4]])
 
 
 _CAUSE_OBJECTIVE = (
