@@ -55,13 +55,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    found = rows()
+    source, found = provenance(), rows()
     print(f"added variance, k = {K}, effective sample size {found[0]['effective_sample_size']:.1f}")
     print(f"{'m':>3} {'multinomial':>12} {'systematic':>12} {'threshold':>12}")
     for row in found:
         print(f"{row['m']:3} {row['multinomial']:12.4f} {row['systematic']:12.4f} {row['threshold']:12.4f}")
     if args.out:
-        write_json(args.out, {"rows": found, "provenance": provenance()})
+        write_json(args.out, {"k": K, "rows": found, "provenance": source})
 
 
 if __name__ == "__main__":
