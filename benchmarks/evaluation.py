@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    source = provenance()
     torch.manual_seed(0)
     model = paper_model(1, torch.full((784,), 0.3))
     x = (torch.rand(args.images, 784) < 0.3).float()
@@ -58,7 +59,7 @@ def main() -> None:
         print(f"{row['name']:9} {row['seconds']:7.2f} s  {row['over_products']:.2f} (bar {BAR})")
     if args.out:
         about = {"bar": BAR, "images": args.images, "k": args.k, "rounds": args.rounds}
-        write_json(args.out, {**about, "rows": rows, "provenance": provenance()})
+        write_json(args.out, {**about, "rows": rows, "provenance": source})
 
 
 if __name__ == "__main__":

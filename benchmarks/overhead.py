@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    rows = []
+    rows, source = [], provenance()
     for k in (1, 5, 50):
         rows.append(measure(k, args.steps if k < 50 else args.steps // 3))
         bar = f"(bar {BARS[k]})" if k in BARS else ""
@@ -85,7 +85,7 @@ def main() -> None:
             f"ratio {rows[-1]['ratio']:.3f}, of first deciles {rows[-1]['ratio_of_first_deciles']:.3f} {bar}"
         )
     if args.out:
-        write_json(args.out, {"bars": BARS, "rows": rows, "provenance": provenance()})
+        write_json(args.out, {"bars": BARS, "rows": rows, "provenance": source})
 
 
 if __name__ == "__main__":

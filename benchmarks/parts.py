@@ -189,13 +189,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows = []
+    rows, source = [], provenance()
     for way in WAYS:
         with torch.no_grad():
             rows.append(measure(*way, args))
         Console().print(table(rows[-1]))
         if args.out:
-            record = {"rounds": args.rounds, "rows": rows, "provenance": provenance()}
+            record = {"rounds": args.rounds, "rows": rows, "provenance": source}
             write_json(args.out, record)
 
 

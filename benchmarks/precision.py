@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=50)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    dataset = load(args.dataset)
+    dataset, source = load(args.dataset), provenance()
     preset = get_preset("short").with_passes(args.passes)
     config = Config(args.dataset, preset.binarisation_of(args.dataset), 1, canonical("iwae(k=5)"), preset)
     with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +66,7 @@ def main() -> None:
     found = errors(trainer.model, images[chosen], args.k)
     print(json.dumps(found, indent=1))
     if args.out:
-        about = {"dataset": args.dataset, "passes": args.passes, "errors": found, "provenance": provenance()}
+        about = {"dataset": args.dataset, "passes": args.passes, "errors": found, "provenance": source}
         write_json(args.out, about)
 
 

@@ -7,7 +7,6 @@ particles vectorised and Pyro's validation off. The losses of a first step with 
 """
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from mcobjectives import IWAE
 from mcobjectives.pyro import ObjectiveELBO
 from mcobjectives_examples.files import write_json
-from mcobjectives_examples.provenance import commit, cpu_model
+from mcobjectives_examples.provenance import provenance
 
 PIXELS, HIDDEN, LATENT = 784, 200, 50
 
@@ -106,19 +105,6 @@ def measure(k: int, batch: int, steps: int) -> dict:
     }
 
 
-def provenance(threads: int) -> dict:
-    return {
-        "versions": {
-            "python": platform.python_version(),
-            **{p: version(p) for p in ("torch", "pyro-ppl", "mcobjectives")},
-        },
-        "commit": commit(),
-        "cpu": cpu_model(),
-        "threads": threads,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--k", type=int, nargs="+", default=[1, 5, 50])
@@ -129,7 +115,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     pyro.enable_validation(False)
-    results = {}
+    results, source = {}, provenance()
+    source["versions"]["pyro-ppl"] = version("pyro-ppl")
     for k in options.k:
         results[k] = measure(k, options.batch, options.steps)
         for name, row in results[k].items():
@@ -138,7 +125,7 @@ def main() -> None:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         record = {"what": "ms a training step, 1L model, SVI", "batch": options.batch, "steps": options.steps}
-        write_json(options.out, {**record, **provenance(options.threads), "k": results})
+        write_json(options.out, {**record, "k": results, "provenance": source})
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="binarized_mnist")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    rows = []
+    rows, source = [], provenance()
     for k in args.k:
         in_turn, beside = (seconds(k, args.jobs, jobs, args.dataset) for jobs in (1, args.jobs))
         row = {"k": k, "jobs": args.jobs, "in_turn_seconds": sum(in_turn), "beside_seconds": max(beside)}
@@ -55,7 +55,7 @@ def main() -> None:
             flush=True,
         )
     if args.out:
-        record = {"dataset": args.dataset, "rows": rows, "provenance": provenance()}
+        record = {"dataset": args.dataset, "rows": rows, "provenance": source}
         write_json(args.out, record)
 
 

@@ -62,6 +62,7 @@ class Toy(nn.Module):
 
 def measure(ks: list[int], draws: int, seed: int) -> dict[str, Any]:
     """The record of one run: a row for each k and estimator, and the slopes fitted to them."""
+    source = provenance()
     torch.manual_seed(seed)
     mu = torch.randn(DIMENSIONS)
     x = mu + math.sqrt(2) * torch.randn(POINTS, DIMENSIONS)
@@ -89,7 +90,7 @@ def measure(ks: list[int], draws: int, seed: int) -> dict[str, Any]:
         "least_k": LEAST_K,
         "seed": seed,
     }
-    return {"config": config, "slopes": slopes, "rows": rows, **provenance()}
+    return {"config": config, "slopes": slopes, "rows": rows, "provenance": source}
 
 
 def slope(rows: list[dict[str, Any]], group: str) -> dict[str, float]:

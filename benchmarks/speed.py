@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mcobjectives_examples.files import write_json
-from mcobjectives_examples.provenance import commit, cpu_model
+from mcobjectives_examples.provenance import provenance
 
 HERE = Path(__file__).resolve().parent
 PEERS_PYTHON = HERE.parent / ".venv-peers" / "bin" / "python"
@@ -264,19 +263,10 @@ def table(rows: list[dict], failed: dict[str, str], layers: int, k: int) -> Tabl
     return out
 
 
-def provenance(threads: int) -> dict:
-    found = commit() or ""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": found.removesuffix("+changes"),
-        "uncommitted_changes": found.endswith("+changes"),
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "load_before": round(os.getloadavg()[0], 2),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-    }
+def surroundings(threads: int) -> dict:
+    """Where the workers' numbers come from, with how busy the machine was before."""
+    system = f"{platform.system()} {platform.machine()}"
+    return provenance(threads=threads, load_before=round(os.getloadavg()[0], 2), system=system)
 
 
 def kept(path: Path | None, source: dict, asked: set[tuple[int, int]]) -> list[dict]:
@@ -284,10 +274,14 @@ def kept(path: Path | None, source: dict, asked: set[tuple[int, int]]) -> list[d
     if path is None or not path.exists():
         return []
     record = json.loads(path.read_text())
-    same = ("commit", "uncommitted_changes", "cpu", "threads", "python")
-    if source["uncommitted_changes"] or any(record["provenance"][key] != source[key] for key in same):
+    if "+" in (source["commit"] or "+") or _setting(record["provenance"]) != _setting(source):
         return []
     return [row for row in record["rows"] if (row["layers"], row["k"]) not in asked]
+
+
+def _setting(source: dict) -> dict:
+    machine = {name: value for name, value in source["machine"].items() if name != "load_before"}
+    return {"commit": source["commit"], "python": source["versions"]["python"], **machine}
 
 
 def choose(kind: str, names: str | None) -> list[Contestant]:
@@ -324,9 +318,10 @@ def main() -> None:
     wanted = choose("ours", args.ours) + choose("peer", args.peers) + choose("floor", "all")
     pythons = interpreters(args.peers_python, wanted)
     out = Console() if sys.stdout.isatty() else Console(width=110)
-    source = provenance(args.threads)
-    if source["load_before"] > 0.5:
-        messages.print(f"the machine is busy (load {source['load_before']:.1f}): expect noise, more rounds help")
+    source = surroundings(args.threads)
+    load = source["machine"]["load_before"]
+    if load > 0.5:
+        messages.print(f"the machine is busy (load {load:.1f}): expect noise, more rounds help")
     rows = kept(args.out, source, {(layers, k) for layers in args.layers for k in args.k})
     for layers in args.layers:
         for k in args.k:

@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device = pick_device(args.device)
-    rows = []
+    rows, source = [], provenance()
     for k in args.k:
         for precision in args.precision:
             torch._dynamo.reset()
@@ -93,7 +93,7 @@ def main() -> None:
                 flush=True,
             )
     if args.out:
-        record = {"device": str(device), "rows": rows, "provenance": provenance()}
+        record = {"device": str(device), "rows": rows, "provenance": source}
         write_json(args.out, record)
 
 

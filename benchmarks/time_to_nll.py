@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from speed import CONTESTANTS, PEERS_PYTHON, Worker, interpreters, provenance
+from speed import CONTESTANTS, PEERS_PYTHON, Worker, interpreters, surroundings
 from torch import nn
 
 from mcobjectives.evaluation import evaluate
@@ -96,7 +96,7 @@ def main() -> None:
     chosen = torch.randperm(len(dataset.test), generator=torch.Generator().manual_seed(0))[: args.images]
     judge = Judge(dataset.test[chosen], args.nll_k)
     schedule = replace(get_preset("short"), stages=((args.passes, args.rate),))
-    source = provenance(args.threads)
+    source = surroundings(args.threads)
     curves: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         data, saved = Path(folder) / "train.npy", Path(folder) / "parameters.npz"

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -141,15 +142,23 @@ def _folders() -> list[Path]:
 
 def _recorded_rows(number: str, folder: Path) -> list[list[Any]]:
     """The rows of a table for each protocol of which a folder holds a cell."""
+    files = ((path.name, path.stat().st_mtime_ns) for path in folder.glob("*.json"))
+    return [
+        run.rows for run in _runs(folder, *sorted(files)) if run.number == number
+    ]
+
+
+@cache
+def _runs(folder: Path, *files: tuple[str, int]) -> list[Any]:
+    """The paper's tables that a folder holds, read once while these are its files."""
     from mcobjectives_examples import records
     from mcobjectives_examples.checkpoints import CheckpointError
 
     try:
-        runs = records.table_runs(records.read(folder))
+        return records.table_runs(records.read(folder))
     except CheckpointError as error:
-        log.warning("table %s: %s", number, error)
+        log.warning("%s: %s", folder.name, error)
         return []
-    return [run.rows for run in runs if run.number == number]
 
 
 # Figures of the paper.
@@ -212,12 +221,14 @@ def evidence_digits() -> str:
 def _one_layer_rows(
     folder: Path, numbers: Iterable[str], *, papers_data: bool
 ) -> list[Any]:
-    """The rows of some tables of which a folder holds a result, an objective once."""
+    """The rows of some tables of which a folder holds an NLL, an objective once."""
     known: dict[str, Any] = {}
     for number in numbers:
         for row in (r for rows in _recorded_rows(number, folder) for r in rows):
-            recorded = any(result is not None for result in row.results)
-            if row.layers == 1 and row.on_papers_data == papers_data and recorded:
+            papers = row.layers == 1 and row.on_papers_data == papers_data
+            if papers and row.values(
+                "nll"
+            ):  # one that is not finite is in the tables
                 known.setdefault(row.configs[0].objective, row)
     return list(known.values())
 
@@ -232,7 +243,7 @@ def _comparison(rows: Sequence[Any]) -> str:
         "over VAE, k = 1",
         "KL(q ‖ posterior)",
         "active units",
-        "ESS of 5000",
+        f"ESS of {rows[0].configs[0].preset.nll_k}",
         "k-hat too high",
     )
     names = {row.configs[0].objective: row for row in rows}
@@ -245,19 +256,24 @@ def _comparison(rows: Sequence[Any]) -> str:
                 f"`{name}`",
                 f"{nll:.2f} ± {error:.2f}",
                 "" if base is None else f"{nll - base:+.2f}",
-                f"{row.mean('kl_posterior'):.2f}",
+                _shown("{:.2f}", row.mean("kl_posterior")),
                 row.units("active_units"),
-                f"{row.mean('ess_mean'):.0f}",
-                f"{100 * row.mean('khat_unreliable'):.0f} %",
+                _shown("{:.0f}", row.mean("ess_mean")),
+                _shown("{:.0%}", row.mean("khat_unreliable")).replace("%", " %"),
             )
         )
     return "\n\n".join(
         (
             blocks.markdown_table(header, lines, right=range(1, 7)),
-            f"One stochastic layer; {caption(rows, beside=False)}. ± is the standard error over the images. Objectives that are missing are not run.",
+            f"One stochastic layer; {caption(rows, beside=False)}. ± is the standard error over the images. Objectives that are missing are not run, or their NLL is not finite.",
             provenance(result for row in rows for result in row.results),
         )
     )
+
+
+def _shown(form: str, value: float | None) -> str:
+    """A metric, empty where it is not finite."""
+    return "" if value is None else form.format(value)
 
 
 # What is installed.

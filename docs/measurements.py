@@ -72,20 +72,13 @@ def speed(record: dict[str, Any]) -> str:
                 right=range(1, 5),
             )
         )
-    source = record["provenance"]
     versions = {
         f"{name} {v}"
         for row in record["rows"]
         for name, v in row["versions"].items()
     }
-    listed = ", ".join(sorted(versions))
-    changed = (
-        " with uncommitted changes" if source.get("uncommitted_changes") else ""
-    )
-    where = f"{source['cpu']}, {source['threads']} threads; Python {source['python']}, {listed}"
-    parts.append(
-        f"Recorded on {source['date'][:10]}; {where}; commit {source['commit'][:10]}{changed}.\n{{ .generated }}"
-    )
+    parts.append(f"Versions: {', '.join(sorted(versions))}.")
+    parts.append(provenance([record]))
     return "\n\n".join(parts)
 
 
@@ -207,12 +200,9 @@ def time_to_nll(record: dict[str, Any]) -> str:
         if (DOCS / figure).exists()
         else ""
     )
-    source = record["provenance"]
-    where = f"{source['cpu']}, {source['threads']} threads; commit {source['commit'][:10]}"
-    how = f"IWAE-{record['nll_k']} on {record['images']} random test images; one cycle of {record['passes']} passes"
-    said = f"{how}. Recorded on {source['date'][:10]}; {where}.\n{{ .generated }}"
-    table = blocks.markdown_table(header, lines, right=range(1, 5))
-    return "\n\n".join(filter(None, (table, plot, said)))
+    how = f"IWAE-{record['nll_k']} on {record['images']} random test images; one cycle of {record['passes']} passes."
+    said = "\n\n".join(filter(None, (plot, how)))
+    return recorded(record, header, lines, right=range(1, 5), said=said)
 
 
 def final_nll(record: dict[str, Any]) -> str:
@@ -228,6 +218,19 @@ def final_nll(record: dict[str, Any]) -> str:
     header = ("", f"NLL, mean of {seeds} seeds", "difference, nats")
     said = f"IWAE-{record['k']}, {record['passes']} passes of {record['dataset']}; ± is the standard error over the seeds."
     return recorded(record, header, lines, right=(1, 2), said=said)
+
+
+def resampling(record: dict[str, Any]) -> str:
+    """What the choice of samples to back-propagate adds in variance."""
+    ways = ("threshold", "systematic", "multinomial")
+    lines = [
+        (str(row["m"]), *(f"{row[way]:.2g}" for way in ways))
+        for row in record["rows"]
+    ]
+    size = record["rows"][0]["effective_sample_size"]
+    said = f"Of k = {record['k']} samples, effective sample size {size:.1f}."
+    header = ("m", "threshold rule", "systematic", "multinomial")
+    return recorded(record, header, lines, right=range(4), said=said)
 
 
 def rates(record: dict[str, Any]) -> str:
@@ -260,18 +263,14 @@ def snr(record: dict[str, Any]) -> str:
         for estimator, groups in record["slopes"].items()
         for group, fit in groups.items()
     ]
-    table = blocks.markdown_table(
-        ("estimator", "parameters", "slope"), lines, right=[2]
-    )
     figure = Path("assets/snr.png")
     shown = (
         f"![SNR of the gradient against k]({figure})"
         if (DOCS / figure).exists()
         else ""
     )
-    return "\n\n".join(
-        filter(None, (table, shown, provenance([{"provenance": record}])))
-    )
+    header = ("estimator", "parameters", "slope")
+    return recorded(record, header, lines, right=[2], said=shown)
 
 
 def memory(record: dict[str, Any]) -> str:
@@ -303,8 +302,6 @@ def memory(record: dict[str, Any]) -> str:
 
 def pyro_step(record: dict[str, Any]) -> str:
     """A step of SVI with ObjectiveELBO beside Pyro's own losses."""
-    from mcobjectives_examples.render import short_commit
-
     lines = []
     for k, rows in record["k"].items():
         for name, row in rows.items():
@@ -318,16 +315,10 @@ def pyro_step(record: dict[str, Any]) -> str:
                     f"{row['ratio_to_renyi']:.2f}",
                 )
             )
-    table = blocks.markdown_table(
-        ("k", "loss", "ms a step", "quartiles", "of RenyiELBO's time"),
-        lines,
-        right=range(2, 5),
-    )
-    versions = ", ".join(
-        f"{name} {v}" for name, v in sorted(record["versions"].items())
-    )
-    where = f"{record['cpu']}, {record['threads']} threads; {versions}"
-    return f"{table}\n\nRecorded on {record['date'][:10]}; {where}; commit {short_commit(record['commit'])}.\n{{ .generated }}"
+    header = ("k", "loss", "ms a step", "quartiles", "of RenyiELBO's time")
+    pyro = record["provenance"]["versions"].get("pyro-ppl", "")
+    said = f"Pyro {pyro}." if pyro else ""
+    return recorded(record, header, lines, right=range(2, 5), said=said)
 
 
 def parts(record: dict[str, Any]) -> str:
@@ -464,6 +455,7 @@ MEASUREMENTS: dict[str, Callable[[dict[str, Any]], str]] = {
         precision,
         time_to_nll,
         final_nll,
+        resampling,
         rates,
         snr,
         memory,

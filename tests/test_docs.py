@@ -18,7 +18,7 @@ import textwrap
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -269,13 +269,13 @@ def test_what_is_not_recorded_is_said_to_be_not_run(tmp_path):
         assert "Not run" in hooks.GENERATORS[name](), name
 
 
-def record(folder: Path, config, **preset) -> None:
+def record(folder: Path, config, *, metrics=MappingProxyType({}), **preset) -> None:
     """A result as `run_cell` writes it, with numbers made up here."""
-    metrics = {"nll": 87.654, "nll_stderr": 0.21, "kl_posterior": 3.21, "active_units": [20], "pca_active_units": [19]}
-    metrics |= {"ess_mean": 123.0, "khat_unreliable": 0.25}
+    found = {"nll": 87.654, "nll_stderr": 0.21, "kl_posterior": 3.21, "active_units": [20], "pca_active_units": [19]}
+    found |= {"ess_mean": 123.0, "khat_unreliable": 0.25}
     result = {
         "config": config.to_dict("0" * 64),
-        "metrics": metrics,
+        "metrics": found | metrics,
         "data": {"sha256": "0" * 64, "files": [{"verified": None}], "train": 50_000, "test": 10_000},
         "provenance": {
             "versions": {"mcobjectives": "0.1.0", "torch": "2.9"},
@@ -309,6 +309,18 @@ def test_tables_are_made_of_recorded_results(tmp_path):
     shown = hooks.evidence()
     assert shown.count("87.65 ± 0.21") == 2 and "± is the standard error over the images" in shown
     assert "; 1 to 2 seeds; " in shown and "minus theirs" not in shown and "ours/paper" not in shown
+
+
+def test_what_is_not_finite_is_left_out_of_a_comparison(tmp_path):
+    hooks = generated()
+    hooks.RESULTS = tmp_path
+    first, second, third, *_ = power_configs()
+    record(tmp_path / "short", first)
+    record(tmp_path / "short", second, metrics={"nll": None})
+    record(tmp_path / "short", third, metrics={"kl_posterior": None, "ess_mean": None, "khat_unreliable": None})
+    shown = hooks.evidence()
+    assert shown.count("87.65 ± 0.21") == 2 and f"`{second.objective}`" not in shown
+    assert f"| `{third.objective}` | 87.65 ± 0.21 |  |  | 20 |  |  |" in shown
 
 
 def test_results_of_two_protocols_are_two_tables(tmp_path):
@@ -355,10 +367,12 @@ def test_speed_is_made_of_a_record(tmp_path):
         {**row, "name": "exact", "kind": "ours", "median_ms": 2.0},
         {**row, "name": "pyro", "kind": "peer", "median_ms": 5.0},
     ]
-    provenance = {"date": "2025-01-02", "cpu": "a processor", "threads": 2, "python": "3.11", "commit": "c0ffee"}
+    provenance = {"versions": {"python": "3.11"}, "commit": 40 * "c" + "+changes", "date": "2025-01-02"}
+    provenance |= {"machine": {"cpu": "a processor", "threads": 2}}
     (tmp_path / "speed.json").write_text(json.dumps({"provenance": provenance, "rows": rows}))
     shown = hooks.GENERATORS["speed"]()
     assert "| **exact** | 2.0 | 1.0 to 3.0 | 400 | 2.50× |" in shown and "a processor" in shown
+    assert "cccccccccc+changes" in shown and "torch 2.9" in shown
 
 
 def test_goals_are_met_or_missed_by_the_records(tmp_path):
@@ -407,10 +421,13 @@ def test_pyro_step_is_made_of_a_record(tmp_path):
     hooks = generated()
     hooks.RESULTS = tmp_path
     row = {"median_ms": 2.0, "quartiles_ms": [1.5, 2.5], "ratio_to_renyi": 0.8, "first_loss": 540.0}
-    record = {"date": "2025-01-02", "cpu": "a processor", "threads": 1, "commit": 40 * "c" + "+changes", "versions": {}}
+    provenance = {"versions": {"pyro-ppl": "1.9"}, "commit": 40 * "c" + "+changes", "date": "2025-01-02"}
+    provenance |= {"machine": {"cpu": "a processor", "threads": 1}}
+    record = {"provenance": provenance}
     (tmp_path / "pyro_step.json").write_text(json.dumps(record | {"k": {"5": {"ObjectiveELBO": row}}}))
     shown = hooks.GENERATORS["pyro_step"]()
     assert "| 5 | ObjectiveELBO | 2.00 | 1.50 to 2.50 | 0.80 |" in shown and "cccccccccc+changes" in shown
+    assert "Pyro 1.9" in shown
 
 
 @pytest.mark.slow

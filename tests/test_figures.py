@@ -17,6 +17,7 @@ from mcobjectives_examples.config import Config
 from mcobjectives_examples.downloads import DataError
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.presets import get_preset
+from mcobjectives_examples.provenance import provenance
 from mcobjectives_examples.sources import DATASETS
 from mcobjectives_examples.training import Interrupted
 
@@ -161,7 +162,7 @@ def test_figure_5_decodes_quantiles_of_the_prior(contents):
 
 def test_a_figure_is_drawn_with_the_numbers_that_its_record_holds(contents, digits, tmp_path):
     for number, (chosen, _, content) in contents.items():
-        record = drawing.save(tmp_path / f"{number}.svg", content, chosen, digits)
+        record = drawing.save(tmp_path / f"{number}.svg", content, chosen, digits, provenance())
         text = " ".join(ET.parse(tmp_path / f"{number}.svg").getroot().itertext())
         assert record["title"] in text and json.loads((tmp_path / f"{number}.svg.json").read_text()) == record
         for part in content.parts:
@@ -171,9 +172,9 @@ def test_a_figure_is_drawn_with_the_numbers_that_its_record_holds(contents, digi
                 assert all(f"{part.errors[i]:.1f}" in text for i in content.shown) and f"{part.error:.1f} nats" in text
         assert record["data"]["sha256"] == digits.checksum and record["models"][0] == chosen[0].to_dict(digits.checksum)
         first = (tmp_path / f"{number}.svg").read_bytes()
-        drawing.save(tmp_path / f"{number}.svg", content, chosen, digits)
+        drawing.save(tmp_path / f"{number}.svg", content, chosen, digits, provenance())
         assert (tmp_path / f"{number}.svg").read_bytes() == first
-        drawing.save(tmp_path / f"{number}.png", content, chosen, digits)
+        drawing.save(tmp_path / f"{number}.png", content, chosen, digits, provenance())
         assert (tmp_path / f"{number}.png").read_bytes().startswith(PNG)
 
 

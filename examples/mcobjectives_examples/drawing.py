@@ -13,7 +13,6 @@ from mcobjectives_examples import files
 from mcobjectives_examples.cells import describe
 from mcobjectives_examples.config import Config
 from mcobjectives_examples.figures import Content, LatentSpace, Reconstruction
-from mcobjectives_examples.provenance import provenance
 from mcobjectives_examples.results import FORMATS, record_path
 from mcobjectives_examples.sources import Dataset
 
@@ -32,7 +31,9 @@ def require_drawing(path: Path) -> None:
         raise ImportError('mcobj figure needs: pip install "mcobjectives[figures]"') from error
 
 
-def save(path: Path, content: Content, configs: Sequence[Config], dataset: Dataset) -> dict[str, Any]:
+def save(
+    path: Path, content: Content, configs: Sequence[Config], dataset: Dataset, surroundings: dict[str, Any]
+) -> dict[str, Any]:
     """Draw a figure to a file, and write its record beside it; the same content gives the same bytes."""
     require_drawing(path)
     from matplotlib import rc_context
@@ -51,7 +52,7 @@ def save(path: Path, content: Content, configs: Sequence[Config], dataset: Datas
         "numbers": content.numbers(),
         "models": [config.to_dict(dataset.checksum) for config in configs],
         "data": describe(dataset),
-        "provenance": provenance(),
+        "provenance": surroundings,
     }
     files.write_atomically(path, lambda file: file.write(image.getvalue()))
     files.write_json(record_path(path), record)

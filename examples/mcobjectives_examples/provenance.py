@@ -14,14 +14,18 @@ from typing import Any
 import torch
 
 
-def provenance() -> dict[str, Any]:
-    """What a recorded result says of its surroundings; no host name and no path."""
+def provenance(**machine: Any) -> dict[str, Any]:
+    """What a recorded result says of its surroundings, as they are when it is begun; no host name and no path.
+
+    `machine` is what is to be said of the machine besides, or otherwise than of this process.
+    """
     return {
         "versions": {name: version(name) for name in ("mcobjectives", "torch", "torchvision", "numpy")}
         | {"python": platform.python_version()},
         "commit": commit(),
         "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-        | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
+        | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+        | machine,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

@@ -198,14 +198,17 @@ def sources(provenances: Iterable[dict[str, Any] | None]) -> str:
     if not known:
         return "Where it was recorded is not known."
     dates = sorted(source["date"][:10] for source in known)
-    versions = {f"mcobjectives {s['versions']['mcobjectives']}, torch {s['versions']['torch']}" for s in known}
     said = [
-        ", ".join(sorted(versions)),
+        *sorted({_libraries(source["versions"]) for source in known}),
         ", ".join(sorted({machine(s["machine"]) for s in known})),
         f"commit {', '.join(sorted({short_commit(s['commit']) for s in known}))}",
         dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}",
     ]
-    return f"Recorded with {'; '.join(said)}."
+    return f"Recorded with {'; '.join(filter(None, said))}."
+
+
+def _libraries(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {versions[name]}" for name in ("mcobjectives", "torch") if name in versions)
 
 
 def machine(record: dict[str, Any]) -> str:

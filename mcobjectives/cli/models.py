@@ -17,6 +17,7 @@ from mcobjectives_examples.engine import pick_device
 from mcobjectives_examples.evaluating import evaluate_model, test_images
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.presets import Preset
+from mcobjectives_examples.provenance import provenance
 
 
 def print_metrics(name: str, result: dict[str, Any], out: Path | None) -> None:
@@ -82,6 +83,7 @@ def draw_figure(
     except checkpoints.CheckpointError as error:
         raise checkpoints.CheckpointError(str(error).replace("--out", "--runs")) from error
     files.require_writable(out)
+    surroundings = provenance()
     untrained = {config: passes for config, passes in done.items() if passes < config.preset.passes}
     if untrained:  # a figure needs no NLL
         quick = {replace(c, preset=replace(c.preset, nll_k=1)): passes for c, passes in untrained.items()}
@@ -94,7 +96,7 @@ def draw_figure(
             models.append(figures.trained(config, loaded, runs, chosen_device, **hooks))
             bar.close()
     content = figures.content(number, configs, models, loaded, data_dir)
-    record = drawing.save(out, content, configs, loaded)
+    record = drawing.save(out, content, configs, loaded, surroundings)
     if as_json:
         print(json.dumps(record, indent=1))
     else:

@@ -15,10 +15,10 @@
 
 **Scales** (`subsample_size`, `poutine.scale`) multiply the bound, outside the logarithm. They must therefore be the
 same for all sites of a weight. A global latent beside a subsampled plate has scale 1 where the data have N / B: inside
-the logarithm that gives no bound, and outside there is no place for it, so it is refused. Only an objective that is
-linear in the log-weights (VAE, anything with k = 1) does not care: `ObjectiveELBO(VAE())` takes every program that
-`Trace_ELBO(vectorize_particles=True)` takes and whose guide draws random sites, all of them by `rsample`, unless the
-gradient needs scores (`score`, `vimco`, `rws`).
+the logarithm that gives no bound, and outside there is no place for it, so it is refused. Only an objective that
+declares itself `linear` in the log-weights does not care (VAE; write it for IWAE and others of one sample too):
+`ObjectiveELBO(VAE())` takes every program that `Trace_ELBO(vectorize_particles=True)` takes and whose guide draws
+random sites, all of them by `rsample`, unless the gradient needs scores (`score`, `vimco`, `rws`).
 
 **The guide** is a density q of its random sites. `Delta` sites and reparameterised factors in it, as autoguides make
 them, are a change of variables: they belong to the joint density, whatever parameters they have. So STL and DReG stop
