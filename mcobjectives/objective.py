@@ -18,7 +18,7 @@ from mcobjectives.bounds import BatchBound
 from mcobjectives.derivatives import curvatures, differentiable_twice, leave_one_out, slopes, slopes_jump, slopes_vary
 from mcobjectives.estimators import Weights, warn_once
 from mcobjectives.model import ModelError, log_joint, require
-from mcobjectives.sampling import Samples, has_rsample, is_discrete, moving_support, named
+from mcobjectives.sampling import Samples, has_rsample, is_discrete, moving_support, named, without_inverse
 from mcobjectives.surrogate import PLAIN, Plan, plan_of
 
 _SEEN: dict[tuple[Any, ...], bool] = {}
@@ -193,13 +193,19 @@ class Objective(ABC):
                 f"h of {named(posterior, 'discrete')} is discrete, and a gradient straight through its samples is "
                 "biased: use gradient='vimco' for an unbiased one"
             )
+        culprit, mend = f"gradient={self.gradient!r}", "gradient='reparam'"
+        if self.weighs_itself:
+            culprit, mend = type(self).__name__, "an objective without weights of its own"
         if not self.plan.plain and moving_support(posterior):
-            culprit, mend = f"gradient={self.gradient!r}", "gradient='reparam'"
-            if self.weighs_itself:
-                culprit, mend = type(self).__name__, "an objective without weights of its own"
             raise ModelError(
                 f"{culprit} is wrong for {named(posterior, 'moving_support')}, whose support moves "
                 f"with its parameters: use {mend}"
+            )
+        if (not self.plan.plain or self.backward_samples is not None) and (transform := without_inverse(posterior)):
+            if self.plan.plain:
+                culprit, mend = f"backward_samples={self.backward_samples}", "all samples"
+            raise ModelError(
+                f"{culprit} takes log q(h | x) at given samples, for which {transform} of q has no inverse: use {mend}"
             )
 
     @cached_property

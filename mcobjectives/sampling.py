@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import AffineTransform, Independent, TransformedDistribution
+from torch.distributions import AffineTransform, Independent, Transform, TransformedDistribution
 from torch.utils import _pytree as pytree
 
 from mcobjectives.context import cast_anew, generators_at, may_synchronise, rng_state
 from mcobjectives.model import Density, Latent, ModelError, has_methods, require
+
+_INVERSES = ("inv", "_inv_call", "_inverse")  # a transform with an inverse has one of these of its own
 
 
 def has_rsample(posterior: Any) -> bool:
@@ -82,16 +84,31 @@ def caches(posterior: Any) -> bool:
     """Whether it knows log q of its latest samples: at others, slices and copies among them, a flow inverts itself."""
     if isinstance(own := getattr(posterior, "caches", None), bool):
         return own
+    return any(getattr(transform, "_cache_size", 0) for transform in _transforms(posterior))
+
+
+def without_inverse(posterior: Any) -> str:
+    """The name of a transform that has no inverse, so that q knows no log q but of its latest samples; or nothing."""
+    for transform in _transforms(posterior):
+        if all(getattr(type(transform), name, None) is getattr(Transform, name) for name in _INVERSES):
+            return type(transform).__name__
+    return ""
+
+
+def _transforms(posterior: Any) -> Iterator[Any]:
+    """All that a flow is made of, and what these are made of."""
     while posterior is not None:
-        if any(map(_caches, getattr(posterior, "transforms", ()))):
-            return True
+        yield from _with_parts(getattr(posterior, "transforms", ()))
         posterior = getattr(posterior, "base_dist", None)
-    return False
 
 
-def _caches(transform: Any) -> bool:
-    parts = (*getattr(transform, "parts", ()), *getattr(transform, "transforms", ()))
-    return bool(getattr(transform, "_cache_size", 0)) or any(map(_caches, parts))
+def _with_parts(transforms: Iterable[Any]) -> Iterator[Any]:
+    for transform in transforms:
+        yield transform
+        base = getattr(transform, "base_transform", None)
+        parts = [getattr(transform, "parts", ()), getattr(transform, "transforms", ()), () if base is None else (base,)]
+        for more in parts:
+            yield from _with_parts(more)
 
 
 def _support(posterior: Any) -> Any:
@@ -131,6 +148,11 @@ class Samples:
         require(posterior, "an objective", "log_prob")
         self.posterior, self.k, self.pathwise = posterior, k, pathwise
         self.caches = caches(posterior)
+        if not self.caches and (transform := without_inverse(posterior)):
+            raise ModelError(
+                f"{transform} of q has no inverse, without which log q(h | x) is known of its latest samples alone: "
+                "make it with cache_size=1"
+            )
         self.attach = posterior.attach if pathwise and has_methods(posterior, "attach") else None
         self._states: list[Any] = []
         if replay:

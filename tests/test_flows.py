@@ -9,16 +9,21 @@ import torch
 from torch.distributions import (
     AffineTransform,
     ComposeTransform,
+    ExpTransform,
     Independent,
     IndependentTransform,
     Normal,
+    SigmoidTransform,
+    StackTransform,
+    Transform,
     TransformedDistribution,
+    constraints,
 )
 from toys import F64, Model, assert_same, loss_gradient
 
-from mcobjectives import CIWAE, IWAE, VAE, Median
+from mcobjectives import CIWAE, IWAE, VAE, Median, ModelError, Split
 from mcobjectives.evaluation import evaluate
-from mcobjectives.sampling import caches
+from mcobjectives.sampling import caches, without_inverse
 from mcobjectives.testing import check_model
 
 X = torch.tensor([0.9, -0.4, 2.0], dtype=F64)
@@ -36,6 +41,26 @@ class Blind(AffineTransform):
 
     def _inverse(self, y):
         raise NotImplementedError
+
+
+class OneWay(Transform):
+    """It defines no inverse at all."""
+
+    domain = codomain = constraints.real
+    bijective = True
+
+    def __init__(self, loc, scale, cache_size=0):
+        super().__init__(cache_size=cache_size)
+        self.loc, self.scale = loc, scale
+
+    def with_cache(self, cache_size=1):
+        return OneWay(self.loc, self.scale, cache_size)
+
+    def _call(self, x):
+        return self.loc + self.scale * x
+
+    def log_abs_det_jacobian(self, x, y):
+        return self.scale.log().expand(x.shape)
 
 
 class Affine(Model):
@@ -59,7 +84,7 @@ class Affine(Model):
         return Normal(0.0, 1.0).log_prob(h).sum(-1)
 
 
-@pytest.mark.parametrize("transform", [Lossy, Blind])
+@pytest.mark.parametrize("transform", [Lossy, Blind, OneWay])
 @pytest.mark.parametrize("chunk_size", [None, 7, 50, 64])
 @pytest.mark.parametrize("objective", [VAE(k=120), IWAE(k=120), Median(k=120), CIWAE(k=51, kl_weight=0.5)], ids=repr)
 def test_log_q_of_fresh_samples_needs_no_inverse(objective, chunk_size, transform):
@@ -74,7 +99,7 @@ def test_log_q_of_fresh_samples_needs_no_inverse(objective, chunk_size, transfor
     torch.testing.assert_close(found, bound, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("transform", [Lossy, Blind])
+@pytest.mark.parametrize("transform", [Lossy, Blind, OneWay])
 @pytest.mark.parametrize("chunk_size", [7, 50, 64, 200])
 def test_an_evaluation_needs_no_inverse(chunk_size, transform):
     torch.manual_seed(0)
@@ -159,3 +184,28 @@ def test_what_caches_is_told():
     ):
         flow = TransformedDistribution(normal, [plain, transform])
         assert caches(flow) and caches(Independent(flow, 0)), transform
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda t: t, lambda t: ComposeTransform([t]), lambda t: IndependentTransform(t, 0, t._cache_size)]
+)
+def test_a_transform_without_an_inverse_is_named_before_any_compute(wrap):
+    model = Affine(lambda *parameters, cache_size: wrap(OneWay(*parameters, cache_size=cache_size)))
+    for gradient in ("stl", "dreg", "score", "vimco"):
+        with pytest.raises(ModelError, match=rf"^gradient='{gradient}' .* OneWay of q has no inverse: use grad"):
+            IWAE(k=3, gradient=gradient)(model, X)
+    with pytest.raises(ModelError, match=r"^Split takes .* OneWay of q has no inverse: use an objective"):
+        Split(generative=IWAE(k=3), inference=VAE(k=3))(model, X)
+    with pytest.raises(ModelError, match=r"^backward_samples=2 takes .* has no inverse: use all samples"):
+        IWAE(k=3, backward_samples=2)(model, X)
+    assert torch.isfinite(IWAE(k=3, gradient="dreg").bound(model, X)).all()
+    model.transform = lambda *parameters, cache_size: wrap(OneWay(*parameters))
+    with pytest.raises(ModelError, match=r"^OneWay of q has no inverse, .* make it with cache_size=1$"):
+        IWAE(k=3)(model, X)
+    model.transform = lambda *parameters, cache_size: wrap(OneWay(*parameters).inv)
+    assert without_inverse(model.posterior(X)) == ""
+
+
+@pytest.mark.parametrize("transform", [SigmoidTransform(), SigmoidTransform().inv, StackTransform([ExpTransform()])])
+def test_what_torch_has_an_inverse_of_is_not_refused(transform):
+    assert without_inverse(TransformedDistribution(Normal(torch.zeros(1), 1.0), [transform])) == ""
