@@ -714,3 +714,15 @@ def test_the_generators_of_all_devices_are_put_back(monkeypatch):
         found.append(loss_gradient(IWAE(k=10, chunk_size=size), Second(), X))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-12, atol=1e-12)
     assert_same(found[0][1], found[1][1], 1e-10)
+
+
+@pytest.mark.parametrize("least", [1e-6, 1e-14])
+def test_the_multiplier_of_an_unlikely_sample_is_one_over_its_probability(least):
+    index, multiplier = select(torch.tensor([[least], [1.0]], dtype=F64), 1, torch.zeros(1))
+    assert int(index) == 0 and float(multiplier) == pytest.approx((1 + least) / least, rel=1e-9)
+
+
+def test_the_largest_offset_selects_the_last_sample_though_the_sum_is_a_hair_short():
+    v = torch.tensor([0.9877646697951884, 0.779601876763762, 0.36187934651354103], dtype=F64).unsqueeze(1)
+    index, multiplier = select(v, 1, torch.tensor([1 - 2**-53], dtype=F64))
+    assert int(index) == 2 and float(multiplier) == pytest.approx(float(v.sum() / v[2]))

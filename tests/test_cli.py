@@ -330,8 +330,8 @@ def assert_logged(folder, result):
     objective = result["config"]["objective"].partition("(")[0]
     assert found[f"train/{objective}"] == [(i, pytest.approx(v)) for i, v in enumerate(result["learning_curve"], 1)]
     passes = len(result["learning_curve"])
-    rates = [rate for _, rate in found["train/learning_rate"]]
-    assert len(rates) == passes and all(0 <= rate <= 2e-3 for rate in rates)
+    steps, rates = zip(*found["train/learning_rate"], strict=True)
+    assert steps == tuple(range(1, passes + 1)) and all(0 <= rate <= 2e-3 for rate in rates)
     expected = {}
     for name, value in result["metrics"].items():
         if value is not None:

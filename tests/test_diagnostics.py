@@ -430,3 +430,24 @@ def test_the_reference_of_a_discrete_posterior_is_the_steadiest_unbiased_one():
 
     made = [diagnostics._unbiased(IWAE(k=k, gradient="rws"), Coin(), X) for k in (1, 2)]
     assert made == [IWAE(k=1, gradient="score"), IWAE(k=2, gradient="vimco")]
+
+
+class Two(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.loc = torch.nn.Parameter(torch.tensor(0.5))
+
+
+@pytest.mark.parametrize(("gradient", "bias"), [(1.0, 0.0), (2.0, math.sqrt(3))])
+def test_the_noise_of_the_long_run_is_taken_off_the_bias(gradient, bias):
+    long = iter([1.0, -1.0])  # mean 0 of squared error 1
+    [row] = compare_gradients(
+        Two(),
+        None,
+        [lambda model, x: model.loc * gradient],
+        draws=2,
+        reference=lambda model, x: model.loc * next(long),
+        reference_draws=2,
+    )
+    assert row.bias == pytest.approx(bias) and row.bias_error == pytest.approx(1)
+    assert row.reference_norm == 0

@@ -690,3 +690,53 @@ def test_khat_has_no_seam_where_a_quarter_of_the_tail_is_tied():
         tied[tail - ties :] = largest[-1]
         found.append(float(pareto_khat(tied)))
     assert found[1] == pytest.approx(found[0], abs=0.05)
+
+
+def test_noise_is_no_direction_where_two_averages_are_given():
+    signal, one, other = (torch.tensor(s, dtype=F64) for s in ([1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]))
+    a, b = torch.stack([signal, one], 1), torch.stack([signal, other], 1)
+    assert (pca_active_units(a), pca_active_units(a, b)) == (2, 1)
+
+
+def test_a_mean_of_another_shape_is_not_taken():
+    class Shared(Independent):
+        mean = torch.zeros(2)  # not of each data point
+
+    class Encoder:
+        def posterior(self, x):
+            return Shared(Normal(x, 1.0), 1)
+
+    x = torch.randn(7, 2)
+    [(a, b)] = posterior_means(Encoder(), x, n=4)
+    assert b is not None and a.shape == b.shape == (7, 2)
+
+
+@pytest.mark.parametrize(("large", "infinite"), [(23, True), (24, False)])
+def test_a_quarter_of_the_tail_are_many(large, infinite):
+    log_w = torch.full((1000, 1), -20.0, dtype=F64)
+    log_w[:large, 0] = 1e-3 * torch.arange(large)
+    assert bool(of_weights(log_w).khat.isinf()) == infinite
+
+
+def test_likelihoods_are_summed_in_float64():
+    likelihood = torch.tensor([[2.0**24], [1.0], [1.0]])
+    running = evaluation._Running(0)
+    running.add(-likelihood, likelihood)
+    assert float(running.result(3).log_p_x_given_h) == (2**24 + 2) / 3
+
+
+def test_active_units_by_default():
+    drawn = []
+
+    class Counted(Independent):
+        def rsample(self, shape=()):
+            drawn.append(shape[0])
+            return super().rsample(shape)
+
+    class Encoder:
+        def posterior(self, x):
+            return Counted(Normal(x, 1.0), 1)
+
+    x = torch.tensor([[1.0, 0.11, 0.09], [-1.0, -0.11, -0.09], [0.0, 0.0, 0.0]])  # variances 1, 0.0121, 0.0081
+    [layer] = layer_activity(Encoder(), x)
+    assert layer.units == [0, 1] and drawn == [50, 50]

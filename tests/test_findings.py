@@ -9,8 +9,8 @@ from made_up import made_up, verdict
 
 from mcobjectives_examples import render
 from mcobjectives_examples.findings import findings
-from mcobjectives_examples.paper import paper
-from mcobjectives_examples.verdicts import Measured, ordered
+from mcobjectives_examples.paper import paper, table
+from mcobjectives_examples.verdicts import Measured, bent, ordered, unfallen
 
 TABLES = list(paper()["tables"])
 
@@ -312,6 +312,7 @@ def test_with_three_seeds_a_difference_is_judged_by_students_t():
         (0.5, 0.05, 3, "holds"),
         (0.1, 0.05, 3, "within noise"),
         (0.0, 0.02, 1, "does not hold"),
+        (0.0, 0.05, 1, "within noise"),
         (0.0, 0.1, 1, "within noise"),
     ],
 )
@@ -372,3 +373,80 @@ def test_one_unit_more_after_a_switch_proves_nothing_in_one_run():
     before = [{**row.results[0], "metrics": {**row.results[0]["metrics"], "active_units": [11]}} for row in done]
     done = [dataclasses.replace(row, first_results=(first,)) for row, first in zip(done, before, strict=True)]
     assert {f.verdict for f in findings(done) if "active" in f.claim} == {"within noise"}
+
+
+def test_many_small_falls_are_one_fall():
+    def metrics(row, seed):
+        return {"nll": {1: 90.0, 5: 89.6, 50: 89.2}[row.k]}
+
+    assert verdict("1L: VAE's NLL does not fall with k", made_up(metrics=metrics)) == "does not hold"
+
+
+@pytest.mark.parametrize("lowest", ["0.5", "2", "5"])
+def test_every_other_power_is_set_against_three(lowest):
+    def metrics(row, seed):
+        return {"nll": 80.0 if f"p={lowest})" in row.objective else 85.0 if "p=3)" in row.objective else 90.0}
+
+    assert verdict("power: p = 3 has the lowest NLL", made_up(7, metrics=metrics)) == "does not hold"
+
+
+def test_units_of_all_layers_count():
+    def metrics(row, seed):
+        return {"active_units": [20, 4 + 3 * (row.family == "iwae" and row.k > 1)]}
+
+    assert verdict("2L: IWAE has more active units than VAE", made_up(layers=[2], metrics=metrics)) == "holds"
+
+
+def test_the_cost_of_pruning_is_on_the_very_images():
+    def metrics(row, seed):
+        return {"nll": 87.0, "nll_pruned": 89.0, "nll_unpruned_same_images": 88.0, "nll_pruned_stderr": 0.05}
+
+    [found] = [f for f in findings(made_up(6, metrics=metrics)) if "inactive" in f.claim]
+    assert found.figures == "1L median(k=50) +1.00 ± 0.05"
+
+
+def test_the_standard_error_is_averaged_over_seeds():
+    def metrics(row, seed):
+        more = {"nll_unpruned_same_images": 88.0, "nll_pruned_stderr": (0.05, 0.15)[seed]}
+        return {"nll_pruned": 89.0, **more}
+
+    [found] = [f for f in findings(made_up(6, seeds=2, metrics=metrics)) if "inactive" in f.claim]
+    assert found.figures == "1L median(k=50) +1.00 ± 0.10"
+
+
+def test_a_difference_of_the_noise_is_not_more_than_it_however_it_is_rounded():
+    low, high = (Measured("", (value,)) for value in (87.6, 88.2))
+    assert high.mean - low.mean > 0.6
+    assert ordered("", [[low, high]], 1).verdict == "within noise"
+
+
+def cells(*means, seeds=1):
+    return [Measured("", (mean,) * seeds, seeds) for mean in means]
+
+
+def test_seeds_are_averaged():
+    first, then = (Measured("", v, 3) for v in ((88.0, 88.0, 89.5), (88.4, 88.4, 88.4)))
+    assert first.mean == 88.5 and str(first) == " 88.50"
+    assert first.mean > then.mean
+
+
+def test_a_rise_and_a_fall_are_of_neighbours():
+    assert bent("", cells(0.0, 0.4, 0.8, 0.4, 0.0)).verdict == "within noise"
+    assert bent("", cells(0.0, 0.8, 0.0)).verdict == "holds"
+
+
+def test_what_has_risen_and_come_back_has_not_risen():
+    assert unfallen("", cells(90.0, 91.0, 90.5)).verdict == "within noise"
+    assert unfallen("", cells(90.0, 91.0, 90.7)).verdict == "holds"
+
+
+def test_a_table_of_which_some_cells_are_capped_has_no_verdicts_of_the_papers():
+    done = made_up(1, cap=5, metrics=lambda row, seed: row.paper)
+    assert {row.capped for row in done} == {False, True}
+    assert {found.papers for found in findings(done)} == {""}
+
+
+def test_cells_made_equal_by_a_cap_are_one():
+    [number] = [n for n in TABLES if "miwae" in table(n)["rows"][0]["objective"]]
+    assert not [f for f in findings(made_up(number, cap=1)) if f.claim.startswith("MIWAE")]
+    assert [f for f in findings(made_up(number)) if f.claim.startswith("MIWAE")]

@@ -12,6 +12,7 @@ from torch.distributions import (
     ExpTransform,
     Independent,
     IndependentTransform,
+    LogNormal,
     Normal,
     SigmoidTransform,
     StackTransform,
@@ -209,3 +210,24 @@ def test_a_transform_without_an_inverse_is_named_before_any_compute(wrap):
 @pytest.mark.parametrize("transform", [SigmoidTransform(), SigmoidTransform().inv, StackTransform([ExpTransform()])])
 def test_what_torch_has_an_inverse_of_is_not_refused(transform):
     assert without_inverse(TransformedDistribution(Normal(torch.zeros(1), 1.0), [transform])) == ""
+
+
+def test_reparam_by_its_weights_is_reparam_though_q_caches():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loc = torch.nn.Parameter(torch.tensor(0.3, dtype=F64))
+            self.log_scale = torch.nn.Parameter(torch.tensor(-0.4, dtype=F64))
+
+        def posterior(self, x):
+            base = Normal(self.loc * x, self.log_scale.exp())
+            return TransformedDistribution(Independent(base, 1), [ExpTransform(cache_size=1)])
+
+        def log_joint(self, x, h):
+            return (LogNormal(0.0, 1.0).log_prob(h) + Normal(h, 1.0).log_prob(x)).sum(-1)
+
+    model, x, found = Model(), torch.tensor([[1.0, 2.0], [0.5, -1.0]], dtype=F64), []
+    for objective in (IWAE(k=4), Split(generative=IWAE(k=4), inference=IWAE(k=4))):
+        torch.manual_seed(0)
+        found.append(torch.stack(torch.autograd.grad(objective(model, x), list(model.parameters()))))
+    torch.testing.assert_close(found[1], found[0])

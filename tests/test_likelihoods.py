@@ -259,3 +259,10 @@ def test_a_mean_on_an_edge_halves_the_mass_however_small_the_scale(x, log_p):
     found = discretised_logistic_log_likelihood(mean, log_scale, torch.tensor([x]), levels=2)
     assert float(found.detach()) == pytest.approx(log_p)
     assert all(g.isfinite().all() for g in torch.autograd.grad(found, (mean, log_scale)))
+
+
+def test_data_that_have_a_place_for_samples_are_not_cut():
+    logits = torch.randn(4, 100, 784, generator=torch.Generator().manual_seed(0))
+    x = (torch.rand(4, 100, 784, generator=torch.Generator().manual_seed(1)) > 0.5).float()
+    one_by_one = torch.stack([bernoulli_log_likelihood(*pair) for pair in zip(logits, x, strict=True)])
+    torch.testing.assert_close(bernoulli_log_likelihood(logits, x), one_by_one)

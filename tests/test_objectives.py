@@ -932,3 +932,23 @@ def test_what_a_class_states_is_no_parameter(name, kind):
     with pytest.raises(TypeError, match=rf"^Annotated annotates {name} as a field: write `{name} = ...`, without"):
         type("Annotated", (Objective,), {name: value, "__annotations__": {name: kind}})
     type("Stated", (Objective,), {name: value, "__annotations__": {name: f"ClassVar[{kind}]"}})
+
+
+def test_slopes_that_vary_by_little_vary():
+    assert CIWAE(k=4, beta=0.9999).slopes_vary and not CIWAE(k=4, beta=1.0).slopes_vary
+
+
+@pytest.mark.parametrize(("dtype", "spread"), [(F64, 1.02), (torch.bfloat16, 1.1)])
+def test_a_prior_that_is_nearly_standard_is_none(dtype, spread):
+    class Model:
+        def posterior(self, x):
+            return Independent(Normal(x, torch.ones_like(x)), 1)
+
+        def log_likelihood(self, x, h):
+            return Normal(h, 1.0).log_prob(x).sum(-1)
+
+        def log_prior(self, h):
+            return Normal(0.0, spread).log_prob(h).sum(-1)
+
+    with pytest.raises(ModelError, match=r"not N\(0, I\)"):
+        VAE(k=3, analytic_kl=True)(Model(), torch.zeros(2, 3, dtype=dtype))

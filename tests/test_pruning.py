@@ -1,13 +1,21 @@
 import dataclasses
 import math
+import types
 
 import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy
 
+from mcobjectives.activity import Activity
 from mcobjectives.evaluation import evaluate, layer_activity
 from mcobjectives_examples import evaluating
-from mcobjectives_examples.evaluating import evaluate_model, evaluate_pruned, reconstruction_error
+from mcobjectives_examples.evaluating import (
+    evaluate_model,
+    evaluate_pruned,
+    random_rows,
+    reconstruction_error,
+    reconstructions,
+)
 from mcobjectives_examples.models import PaperModel
 from mcobjectives_examples.presets import get_preset
 from mcobjectives_examples.pruning import pruned
@@ -233,3 +241,46 @@ def test_units_may_be_given_in_any_order():
     torch.testing.assert_close(mixed.log_prior(same), rising.log_prior(h))
     torch.testing.assert_close(mixed.log_likelihood(x, same), rising.log_likelihood(x, h))
     torch.testing.assert_close(mixed.posterior(x).log_prob(same), rising.posterior(x).log_prob(h))
+
+
+def test_a_quarter_of_the_images_is_rounded_up():
+    assert evaluate_model(model_of([5]), data(6), PRESET)["pruned_images"] == 2
+
+
+def test_the_standard_error_is_of_the_images_that_were_compared(monkeypatch):
+    model, x = model_of([5]), data()
+    layers, evaluation = [Activity(torch.ones(5), [0, 1], 2)], evaluate(model, x, k=20)
+    found = evaluation.log_likelihood[random_rows(len(x), 4)] - torch.tensor([1.0, 3.0, 1.0, 3.0])
+    monkeypatch.setattr(evaluating, "evaluate", lambda *_, **__: types.SimpleNamespace(log_likelihood=found))
+    metrics = evaluate_pruned(model, x, layers, evaluation, 4, lambda done: None)
+    assert metrics["nll_pruned"] - metrics["nll_unpruned_same_images"] == pytest.approx(2.0)
+    assert metrics["nll_pruned_stderr"] == pytest.approx(math.sqrt(4 / 3) / 2)
+
+
+def test_every_image_is_reconstructed():
+    x = data(1003)
+    model = model_of([5])
+    with torch.no_grad():
+        pixels, errors = reconstructions(model, x)
+        last = reconstructions(model, x[-3:])
+    assert len(pixels) == len(errors) == len(x)
+    torch.testing.assert_close((pixels[-3:], errors[-3:]), last)
+
+
+def test_an_evaluation_multiplies_in_float32_whatever_training_did():
+    torch.set_float32_matmul_precision("medium")
+    try:
+        evaluate_model(model_of([5]), data(8), PRESET)
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_units_and_directions_are_recorded_each_under_its_name():
+    model = model_of([5])
+    with torch.no_grad():  # two units say the same
+        for linear in (model.encoder[0].mean,):
+            linear.weight[1], linear.bias[1] = linear.weight[0], linear.bias[0]
+    metrics = evaluate_model(model, data(), PRESET)
+    [layer] = layer_activity(model, data())
+    assert (metrics["active_units"], metrics["pca_active_units"]) == ([5], [4]) == ([layer.active], [layer.pca])

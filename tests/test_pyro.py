@@ -360,3 +360,33 @@ def test_a_first_look_in_inference_mode_is_not_the_last():
         IWAE(k=3).bound(pair, x)
     with pytest.raises(ModelError, match="whose support moves"):
         IWAE(k=3, gradient="score")(pair, x)
+
+
+def test_a_leading_one_of_a_guides_parameters_is_no_sample():
+    def guide(shape):
+        def program(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(torch.zeros(shape), 1.0))
+
+        return program
+
+    x = torch.tensor([0.5, -1.0, 2.0])
+    bounds = []
+    for shape in ((3,), (1, 3)):
+        torch.manual_seed(0)
+        bounds.append(IWAE(k=5).bound(PyroModel(conjugate, guide(shape), max_plate_nesting=1), x))
+    torch.testing.assert_close(bounds[1], bounds[0])
+
+
+def test_parts_of_a_program_with_a_change_of_variables_add_up():
+    def model(x):
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Exponential(rate), obs=x)
+
+    x = torch.tensor([0.5, 1.5])
+    guide = auto.AutoNormal(model)
+    guide(x)
+    pair = PyroModel(model, guide)
+    h = pair.posterior(x).rsample(torch.Size((3,)))
+    torch.testing.assert_close(pair.log_likelihood(x, h) + pair.log_prior(h), pair.log_joint(x, h))

@@ -260,3 +260,15 @@ def test_a_split_is_not_linear_though_its_value_is():
     assert math.isfinite(ObjectiveELBO(VAE(k=4)).loss(model, guide, x))
     with pytest.raises(ModelError, match="have different scales"):
         ObjectiveELBO(Split(generative=VAE(k=4), inference=IWAE(k=4))).loss(model, guide, x)
+
+
+def test_another_model_is_another_loss():
+    def off(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x + 1)
+
+    x, elbo = torch.tensor([0.3, -1.0]), ObjectiveELBO(VAE())
+    at_posterior = elbo.loss(conjugate, exact_guide, x)
+    assert elbo.loss(off, exact_guide, x) != pytest.approx(at_posterior)
+    close(elbo.loss(conjugate, exact_guide, x), at_posterior)

@@ -487,3 +487,22 @@ def test_a_change_of_variables_is_scaled_as_all_else():
         torch.manual_seed(1)
         found.append(ObjectiveELBO(VAE(k=2)).loss(poutine.scale(model, scale), poutine.scale(guide, scale), x))
     close(found[1], 3 * found[0])
+
+
+def test_a_scale_of_the_guide_alone_is_refused():
+    guide = poutine.scale(exact_guide, scale=0.5)
+    with pytest.raises(ModelError, match="different scales"):
+        IWAE(k=3).bound(PyroModel(conjugate, guide), torch.zeros(2))
+
+
+def test_scales_of_each_data_point_that_differ_between_sites_are_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            with poutine.scale(scale=torch.tensor([1.0, 2.0])):
+                z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            with poutine.scale(scale=torch.tensor([1.0, 3.0])):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = poutine.scale(exact_guide, scale=torch.tensor([1.0, 2.0]))
+    with pytest.raises(ModelError, match="different scales"):
+        IWAE(k=3).bound(PyroModel(model, guide), torch.zeros(2))

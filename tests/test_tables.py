@@ -7,9 +7,10 @@ import torch
 from made_up import made_up, result
 
 from mcobjectives.specs import parse_objective
-from mcobjectives_examples import render
+from mcobjectives_examples import estimates, render
 from mcobjectives_examples.cells import Place, passes_done, recorded, result_path, run_cell
 from mcobjectives_examples.checkpoints import CheckpointError
+from mcobjectives_examples.config import Config
 from mcobjectives_examples.datasets import default_binarisation, load
 from mcobjectives_examples.downloads import DataError
 from mcobjectives_examples.estimates import estimate_seconds
@@ -381,3 +382,26 @@ def test_cells_beside_are_of_the_same_cap_seeds_and_protocol():
         for peer in row.beside:
             assert peer.k <= 3 and [config.seed for config in peer.configs] == [0, 3]
             assert {(config.dataset, config.binarisation) for config in peer.configs} == {("digits", "epoch")}
+
+
+def test_an_estimate_is_the_steps_and_the_evaluation_of_every_cell(monkeypatch, digits):
+    monkeypatch.setattr(estimates, "_time_step", lambda config, *_: 2.0)
+    monkeypatch.setattr(estimates, "_time_evaluation", lambda config, *_: 5.0)
+    preset = dataclasses.replace(TINY, stages=((3, 2e-3),), batch_size=400)  # 4 steps a pass
+    config = Config("digits", "once", 1, "iwae(k=3)", preset)
+    assert estimate_seconds({config: 0}, digits, CPU) == 12 * 2 + 5
+    assert estimate_seconds({config: 2, dataclasses.replace(config, seed=1): 3}, digits, CPU) == 4 * 2 + 5 + 5
+
+
+def test_the_evaluation_of_a_cell_is_estimated_from_a_part_of_it(monkeypatch, digits):
+    monkeypatch.setattr(estimates, "fastest", lambda run, times: 1.0)
+    config = Config("digits", "once", 1, "iwae(k=3)", dataclasses.replace(TINY, nll_k=5000, test_images=100))
+    assert estimates._time_evaluation(config, digits, CPU) == 100 / 20 * 5000 / 500
+
+
+def test_units_are_averaged_over_seeds_layer_by_layer():
+    def metrics(row, seed):
+        return {"active_units": [[20, 4], [23, 7]][seed][: row.layers]}
+
+    done = made_up(1, seeds=2, layers=[2], metrics=metrics)
+    assert {row.units("active_units") for row in done} == {"21.5+5.5"}

@@ -122,6 +122,12 @@ class SeesTheBatch(Sound):
         return mean + (log_mean_exp(log_w) - mean) / log_w.shape[1]
 
 
+class SeesItsPlace(Sound):
+    def reduce(self, log_w):
+        mean, place = log_w.mean(0), torch.arange(log_w.shape[1], device=log_w.device)
+        return mean + (log_mean_exp(log_w) - mean) / (1 + place)
+
+
 class NotShift(Sound):
     def reduce(self, log_w):
         return log_w.asinh().mean(0).sinh()
@@ -238,6 +244,7 @@ MUTANTS = {
     InPlace: "pure",
     Random: "pure",
     SeesTheBatch: "columns",
+    SeesItsPlace: "columns",
     NotShift: "shift",
     ByPosition: "permutation",
     OddAlone: "one_sample",
@@ -1095,3 +1102,23 @@ def test_batch_normalisation_in_training_mode_is_found(x):
         check_model(model, x)
     assert {"leak", "sizes"} <= raised.value.properties
     check_model(model.eval(), x)
+
+
+class OneIsHeavier(Gaussian):
+    """The density of one data point is not normalised."""
+
+    def posterior(self, x):
+        q = super().posterior(x)
+        return Own(q.rsample, lambda h: q.log_prob(h) + (torch.arange(len(x)) == 1))
+
+
+class LastLeaks(Gaussian):
+    def log_likelihood(self, x, h):
+        return super().log_likelihood(x, h - 0.1 * h[:, -1:])
+
+
+@pytest.mark.parametrize(("mutant", "broken"), [(OneIsHeavier, {"normalised"}), (LastLeaks, {"leak", "sizes"})])
+def test_what_is_wrong_at_another_data_point_than_the_first_is_found(x, mutant, broken):
+    with pytest.raises(ConformanceError) as raised:
+        check_model(mutant(), x)
+    assert raised.value.properties == broken

@@ -23,7 +23,7 @@ from mcobjectives_examples import checkpoints, compiling, engine, training
 from mcobjectives_examples.checkpoints import CheckpointError
 from mcobjectives_examples.config import Config, canonical, training_objective
 from mcobjectives_examples.downloads import DataError
-from mcobjectives_examples.engine import Engine, choose_engine, flat_adam, make_step
+from mcobjectives_examples.engine import Engine, choose_engine, flat_adam, make_step, set_rate
 from mcobjectives_examples.files import OutputError
 from mcobjectives_examples.precision import in_bfloat16, products, set_precision
 from mcobjectives_examples.presets import PRESETS, capped, configured, get_preset
@@ -893,3 +893,41 @@ def test_a_runs_seconds_are_its_share(trainer, monkeypatch):
     run.together = 4
     run.run(tick)
     assert run.seconds == 12 / 4
+
+
+def test_every_purpose_pass_and_seed_has_a_stream_of_its_own(trainer):
+    runs = [trainer(f"{seed}.pt", seed=seed) for seed in (0, 1)]
+    streams = [("once", 0), *product(("epoch", "order"), range(3280))]
+    seeds = [run._generator(*stream).initial_seed() for run in runs for stream in streams]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_an_interrupted_runs_seconds_are_its_share_too(trainer, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(training, "make_step", recording([]))
+    taken = []
+
+    def tick(progress):
+        clock[0] += 1
+        taken.append(progress)
+
+    run = trainer()
+    run.together = 4
+    with pytest.raises(training.Interrupted):
+        run.run(tick, lambda: len(taken) >= 6)
+    assert run.seconds == 6 / 4
+
+
+def test_a_restored_run_goes_on_with_the_seconds_it_took(trainer):
+    first, second = trainer(), trainer()
+    with pytest.raises(training.Interrupted):
+        first.run(*until(2))
+    assert second.restore() and second.seconds == first.seconds > 0
+
+
+def test_a_rate_that_is_a_tensor_is_set_in_place():
+    rate = torch.tensor(1e-3)
+    optimiser = torch.optim.Adam([torch.zeros(2, requires_grad=True)], lr=rate)
+    set_rate(optimiser, 0.25)
+    assert optimiser.param_groups[0]["lr"] is rate and rate == 0.25
