@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mcobjectives.context import cast_anew, generators_at, may_synchronise, refuse_transforms, rng_state, same_state
 from mcobjectives.derivatives import reduced
-from mcobjectives.estimators import Weights
-from mcobjectives.model import Density, Latent
+from mcobjectives.estimators import Weights, warn_once
+from mcobjectives.model import Density, Latent, ModelError
 from mcobjectives.replay import replayed, require_unchanged
 from mcobjectives.resampling import select
 from mcobjectives.sampling import Samples, check_differentiable
@@ -81,6 +81,7 @@ class BatchBound:
             h, log_w = None, self._log_weights()
         else:
             h, q = self._draw(graph=False)
+            _require_rows(h)
             log_w = self._numbers(h, q, self.objective.k)
         bound = self._reduce(log_w)
         with torch.no_grad():
@@ -111,8 +112,12 @@ class BatchBound:
         """Samples `start` to `stop`; with log q at them where q caches and no score is to be taken of it."""
         if self.plan.score:  # whose log q is that of fixed samples, in the passes without a graph too
             return self.samples.draw(start, stop), None
-        log_q = self.log_q if graph else torch.no_grad()(self.log_q)
-        return self.samples.draw_with(log_q, start, stop)
+
+        def without_graph(h: Latent) -> Tensor:
+            with torch.no_grad():
+                return self.log_q(h)
+
+        return self.samples.draw_with(self.log_q if graph else without_graph, start, stop)
 
     def _terms(self, plan: Plan, h: Latent, q: Tensor | None, k: int, ratio: Ratio) -> Terms:
         return terms(plan, self.log_p, self.log_q, h, q, k, self.objective.tempering, ratio)
@@ -158,21 +163,43 @@ class BatchBound:
 
     def _reduce(self, log_w: Tensor) -> Tensor:
         bound = reduced(self.objective.reduce, log_w)
-        if may_synchronise(bound) and not bool(torch.isfinite(bound).all()):
-            zero = log_w == -torch.inf
-            bad, empty, some = ~torch.isfinite(bound), int(zero.all(0).sum()), bool(zero.any())
-            why = (
-                f"all {self.objective.k} weights are zero for {empty} of them"
-                if empty
-                else "some of their weights are zero"
-            )
-            why += ", some for the others" if 0 < empty < int(bad.sum()) else ""
-            why = f"{why} (log p(x, h) = -inf)" if some else "its reduce leaves what floats hold: stay in log space"
-            raise ValueError(
-                f"the bound of {type(self.objective).__name__} is not finite for {int(bad.sum())} of "
-                f"{bound.numel()} data points: {why}"
-            )
+        # One look at both: on a GPU each would be waited for.
+        if may_synchronise(bound) and not bool(torch.isfinite(bound).all() & torch.isfinite(log_w).all()):
+            self._explain(bound, log_w == -torch.inf)
         return bound
+
+    def _explain(self, bound: Tensor, zero: Tensor) -> None:
+        """Raise for a bound that is not finite; warn where some weights are zero, and a gradient is blind to that."""
+        bad, empty, some = ~torch.isfinite(bound), int(zero.all(0).sum()), bool(zero.any())
+        if not bool(bad.any()):
+            if some and self.plan.path and torch.is_grad_enabled():
+                warn_once(
+                    "log p(x, h) is -inf at some samples: where p's support ends inside q's (a Uniform or HalfNormal "
+                    "prior under a Normal q) a pathwise gradient is biased, since it does not see samples cross the "
+                    "edge: use a q on p's support, or gradient='vimco'"
+                )
+            return
+        why = (
+            f"all {self.objective.k} weights are zero for {empty} of them"
+            if empty
+            else "some of their weights are zero"
+        )
+        why += ", some for the others" if 0 < empty < int(bad.sum()) else ""
+        why = f"{why} (log p(x, h) = -inf)" if some else "its reduce leaves what floats hold: stay in log space"
+        raise ValueError(
+            f"the bound of {type(self.objective).__name__} is not finite for {int(bad.sum())} of "
+            f"{bound.numel()} data points: {why}"
+        )
+
+
+def _require_rows(h: Latent) -> None:
+    """Raise unless all parts of h have the same data points, of which each may keep other samples."""
+    shapes = [tuple(part.shape) for part in pytree.tree_leaves(h)]
+    if len({shape[1:2] for shape in shapes}) > 1:
+        raise ModelError(
+            f"backward_samples needs all parts of h to be (k, batch, ...), got {', '.join(map(str, shapes))}: expand "
+            "what data points share over them, or use all samples"
+        )
 
 
 def _like(weights: Tensor, part: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +31,11 @@ def refuse_transforms(h: Any) -> None:
             "gradient='stl' and 'dreg', chunk_size and Split do not go with torch.func transforms: use "
             "torch.autograd.grad, or gradient='reparam', 'score', 'vimco' or 'rws' without chunk_size"
         )
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, left alone by torch.compile: compiled random numbers cannot be drawn again."""
+    return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
 
 
 @contextmanager

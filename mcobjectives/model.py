@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from mcobjectives.context import may_synchronise
+from mcobjectives.context import cast_anew, generators_at, may_synchronise, rng_state
+
+_AGREED: dict[int, weakref.ref[Any]] = {}
 
 Latent = Any
 """A tensor, or a tuple, list or dict of tensors, each `(k, batch, ...)`."""
@@ -106,9 +111,40 @@ def log_joint(model: Any, x: Any, kl_weight: float = 1.0) -> Density:
     require(model, "a tempered objective" if kl_weight != 1.0 else "an objective", "log_likelihood", "log_prior")
 
     def joint(h: Latent) -> Tensor:
+        require_agreement(model, x, h)
         return joined(model.log_likelihood(x, h), model.log_prior(h), kl_weight)
 
     return joint
+
+
+def require_agreement(model: Any, x: Any, h: Latent) -> None:
+    """Raise where log_joint(x, h) is another density than its parts' sum; looked at once for each model."""
+    if not has_methods(model, "log_joint") or not all(map(may_synchronise, pytree.tree_leaves(h))):
+        return
+    known = _AGREED.get(id(model))
+    if known is not None and known() is model:
+        return
+    h = pytree.tree_map(torch.Tensor.detach, h)
+    with torch.no_grad(), generators_at(rng_state()):
+        first, again = model.log_joint(x, h), model.log_joint(x, h)
+        parts = joined(model.log_likelihood(x, h), model.log_prior(h))
+    cast_anew()
+    if torch.equal(first, again) and not alike(first, parts):  # a random one cannot be judged, nor can NaN
+        raise ModelError(
+            f"log_joint(x, h) of {type(model).__name__} is another density than log_likelihood(x, h) + log_prior(h): "
+            "make them one, or give one of them alone"
+        )
+    with suppress(TypeError):  # of what has no weak references
+        _AGREED[id(model)] = weakref.ref(model)
+
+
+def alike(given: Tensor, expected: Tensor) -> bool:
+    """Whether two log-densities are one, but for rounding."""
+    half = (torch.bfloat16, torch.float16)
+    tolerance = 2e-2 if given.dtype in half or expected.dtype in half else 1e-3
+    return given.shape == expected.shape and torch.allclose(
+        given.double(), expected.double(), rtol=tolerance, atol=tolerance
+    )
 
 
 def joined(likelihood: Tensor, prior: Tensor, kl_weight: float = 1.0) -> Tensor:

@@ -15,6 +15,7 @@ from mcobjectives import plugins
 from mcobjectives.analytic import expected_log_ratio
 from mcobjectives.arguments import require_count, require_number
 from mcobjectives.bounds import BatchBound
+from mcobjectives.context import uncompiled
 from mcobjectives.derivatives import curvatures, differentiable_twice, leave_one_out, slopes, slopes_jump, slopes_vary
 from mcobjectives.estimators import Weights, warn_once
 from mcobjectives.model import ModelError, log_joint, require
@@ -154,18 +155,23 @@ class Objective(ABC):
 
     def surrogate(self, model: Any, x: Any) -> Tensor:
         """The bound for each data point, `(batch,)`, whose gradient is the estimator's."""
-        at_batch = self._open(model, x)
-        if not torch.is_grad_enabled():
-            return at_batch.value()
-        if self.backward_samples is not None:
-            return at_batch.resampled(self.backward_samples)
-        return at_batch.whole() if self.chunk_size is None else at_batch.chunked()
+        if self.chunk_size is None or not torch.is_grad_enabled():
+            return self._surrogate(model, x)
+        return uncompiled(self._surrogate)(model, x)
 
     def bind(self, model: Any) -> BoundObjective:
         """An `nn.Module` whose `forward(x)` is the loss: for torch.compile, DDP, Lightning."""
         return BoundObjective(self, model)
 
     # How it is done.
+
+    def _surrogate(self, model: Any, x: Any) -> Tensor:
+        at_batch = self._open(model, x)
+        if not torch.is_grad_enabled():
+            return at_batch.value()
+        if self.backward_samples is not None:
+            return at_batch.resampled(self.backward_samples)
+        return at_batch.whole() if self.chunk_size is None else at_batch.chunked()
 
     def _open(self, model: Any, x: Any) -> BatchBound:
         log_p = log_joint(model, x, self.tempering) if not self.analytic_kl else None

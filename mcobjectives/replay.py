@@ -62,7 +62,7 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        total = [zeros_once(leaf) for leaf in ctx.leaves]
+        total: list[Tensor | None] = [None] * len(ctx.leaves)
         known = {id(leaf) for leaf in ctx.leaves}
         for i in range(ctx.chunks):
             with torch.enable_grad(), ctx.autocast():
@@ -76,10 +76,18 @@ class _Replayed(torch.autograd.Function):
             # What the chunks share, q's network, is differentiated once for each: it has batch rows only.
             with _without_hooks(ctx.leaves):
                 grads = torch.autograd.grad(share, ctx.leaves, grad, retain_graph=True, allow_unused=True)
-            for sum_, one in zip(total, grads, strict=True):
+            for j, one in enumerate(grads):
                 if one is not None:
-                    sum_ += one
-        return None, None, None, *total
+                    so_far = total[j]
+                    total[j] = one.clone() if so_far is None else so_far.add_(one)
+        return None, None, None, *map(_first_derivative, total, ctx.leaves)
+
+
+def _first_derivative(gradient: Tensor | None, leaf: Tensor) -> Tensor:
+    if gradient is not None and gradient.is_sparse:  # of an embedding: it stays sparse, for the optimisers that want it
+        return gradient
+    zeros = zeros_once(leaf)
+    return zeros if gradient is None else zeros.add_(gradient)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch.distributions import Normal
+from torch.distributions import Independent, Normal
 from toys import (
     F64,
     Curved,
@@ -726,3 +726,28 @@ def test_the_largest_offset_selects_the_last_sample_though_the_sum_is_a_hair_sho
     v = torch.tensor([0.9877646697951884, 0.779601876763762, 0.36187934651354103], dtype=F64).unsqueeze(1)
     index, multiplier = select(v, 1, torch.tensor([1 - 2**-53], dtype=F64))
     assert int(index) == 2 and float(multiplier) == pytest.approx(float(v.sum() / v[2]))
+
+
+@pytest.mark.parametrize("gradient", ["reparam", "dreg", "vimco"])
+def test_gradients_of_sparse_embeddings_stay_sparse(gradient):
+    class Embedded(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(10, 3, sparse=True, dtype=F64)
+
+        def posterior(self, x):
+            return Independent(Normal(self.table(x), 1.0), 1)
+
+        def log_joint(self, x, h):
+            return -(h**2).sum(-1) - (h - 1).pow(4).sum(-1)
+
+    torch.manual_seed(0)
+    model, x, found = Embedded(), torch.tensor([1, 4, 4]), []
+    for chunk_size in (None, 2):
+        model.table.weight.grad = None
+        torch.manual_seed(1)
+        IWAE(k=5, gradient=gradient, chunk_size=chunk_size)(model, x).backward()
+        assert model.table.weight.grad.is_sparse
+        found.append(model.table.weight.grad.to_dense())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+    torch.optim.SparseAdam(model.parameters()).step()

@@ -13,6 +13,7 @@ from torch.distributions import (
     Categorical,
     Exponential,
     GeneralizedPareto,
+    HalfNormal,
     Independent,
     LogNormal,
     MixtureSameFamily,
@@ -41,6 +42,7 @@ from mcobjectives import (
     objective_names,
     parameterless,
 )
+from mcobjectives.evaluation import evaluate
 from mcobjectives.sampling import moving_support
 
 X = torch.tensor([0.9, -0.4, 2.0, 0.1], dtype=F64)
@@ -577,3 +579,100 @@ def test_a_moving_support_is_found_inside_an_independent(gradient):
     model = Moving(log_joint=lambda x, h: -(h[..., 0] ** 2) + x)
     with pytest.raises(ModelError, match=r"Independent\(Uniform\), whose support moves with its parameters"):
         IWAE(k=3, gradient=gradient)(model, X)
+
+
+class Half(Toy):
+    """h ~ HalfNormal(1), under a Normal q that reaches below its edge."""
+
+    def log_joint(self, x, h):
+        return HalfNormal(torch.ones((), dtype=F64), validate_args=False).log_prob(h) - (x - h) ** 2
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 5}, {"backward_samples": 4}, {"gradient": "dreg"}])
+def test_an_edge_of_p_inside_q_is_warned_of_where_a_gradient_does_not_see_it(monkeypatch, options):
+    monkeypatch.setattr("mcobjectives.estimators._warned", set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for gradient in ("vimco", "score"):
+            IWAE(k=40, gradient=gradient)(Half(), X)
+        IWAE(k=40, **options).bound(Half(), X)
+    with pytest.warns(
+        UserWarning, match="p's support ends inside q's .* biased, .* use a q on p's support, or gradient="
+    ):
+        IWAE(k=40, **options)(Half(), X)
+
+
+class Two(Toy):
+    """Its joint is not the sum of its parts, by `off`."""
+
+    def __init__(self, off=0.0):
+        super().__init__()
+        self.off, self.asked = off, 0
+
+    def log_likelihood(self, x, h):
+        return -((x - h) ** 2)
+
+    def log_prior(self, h):
+        return -(h**2) / 2 + self.off
+
+    def log_joint(self, x, h):
+        self.asked += 1
+        return super().log_joint(x, h)
+
+
+def test_a_joint_that_is_not_the_sum_of_its_parts_is_refused_where_the_parts_are_taken():
+    found = r"^log_joint\(x, h\) of Two is another density than log_likelihood\(x, h\) \+ log_prior\(h\): make"
+    for use in (IWAE(k=3, kl_weight=0.5), LAlpha(k=3, alpha=0.5), IWAE(k=4, kl_weight=0.5, chunk_size=2)):
+        with pytest.raises(ModelError, match=found):
+            use(Two(off=1.0), X)
+    with pytest.raises(ModelError, match=found):
+        evaluate(Two(off=1.0), X, k=10)
+    assert torch.isfinite(IWAE(k=3)(Two(off=1.0), X))  # which takes the joint alone
+    model = Two()
+    for _ in range(3):
+        IWAE(k=3, kl_weight=0.5)(model, X).backward()
+        evaluate(model, X, k=10)
+    assert model.asked == 2  # looked at once
+
+
+def test_a_random_joint_is_not_judged_and_the_look_leaves_no_trace():
+    class Dropped(Two):
+        def log_likelihood(self, x, h):
+            return super().log_likelihood(x, torch.nn.functional.dropout(h, 0.5))
+
+        def log_joint(self, x, h):
+            return self.log_prior(h) + self.log_likelihood(x, h)
+
+    class Parts(Dropped):
+        log_joint = None
+
+    losses = []
+    for model in (Dropped(), Parts()):
+        torch.manual_seed(0)
+        losses.append(IWAE(k=3, kl_weight=0.5)(model, X))
+    assert torch.equal(*losses)
+
+
+def test_what_data_points_share_is_named_where_each_keeps_other_samples():
+    class Shared(Toy):
+        def posterior(self, x):
+            return Pair(Normal(self.loc.expand(1), 1.0), Normal(self.loc + 0 * x, 1.0))
+
+        def log_joint(self, x, h):
+            return -(h[0] ** 2) / 2 - (h[1] ** 2) / 2 - (x - h[0] - h[1]) ** 2
+
+    class Pair:
+        def __init__(self, *parts):
+            self.parts = parts
+
+        def rsample(self, shape):
+            return tuple(part.rsample(shape) for part in self.parts)
+
+        def log_prob(self, h):
+            return self.parts[0].log_prob(h[0]) + self.parts[1].log_prob(h[1])
+
+    assert torch.isfinite(IWAE(k=5, gradient="dreg")(Shared(), X))
+    with pytest.raises(
+        ModelError, match=r"to be \(k, batch, ...\), got \(5, 1\), \(5, 4\): expand what data points share"
+    ):
+        IWAE(k=5, backward_samples=2)(Shared(), X)

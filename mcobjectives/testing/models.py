@@ -113,7 +113,8 @@ _FORM: _Stage = {
     ),
     "finite": (
         promises.finite,
-        "log of a probability that rounds to zero (use logits), or a scale that is not positive",
+        "log of a probability that rounds to zero (use logits), a scale that is not positive, or a p whose support "
+        "ends inside q's (a pathwise gradient is then biased)",
     ),
 }
 _RANDOM: _Stage = {
