@@ -64,7 +64,7 @@ def _bounds(support: Any) -> list[Any]:
     """The ends of what a constraint allows: none of the whole line."""
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
-    return [end for name, end in getattr(support, "__dict__", {}).items() if name.endswith("_bound")]
+    return [getattr(support, name) for name in ("lower_bound", "upper_bound") if hasattr(support, name)]
 
 
 def _is_stretched(end: Any) -> bool:
