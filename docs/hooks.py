@@ -161,6 +161,54 @@ def _runs(folder: Path, *files: tuple[str, int]) -> list[Any]:
         return []
 
 
+AFTER = (13, 40, 121, 364, 1093, 3280)
+"""Passes at the ends of the paper's stages."""
+
+
+def schedules() -> str:
+    """The one-layer VAE of one sample by each recorded protocol: its training bound on the way, and its NLL."""
+    from mcobjectives_examples import records
+    from mcobjectives_examples.config import Config
+
+    lines, results = [], []
+    for folder in (*_folders(), RESULTS / "schedule"):
+        for config, result in (
+            records.read(folder).items() if folder.is_dir() else ()
+        ):
+            alike = Config("binarized_mnist", "fixed", 1, "vae(k=1)", config.preset)
+            if config != alike:
+                continue
+            preset, curve = config.preset, result["learning_curve"]
+            rates = " to ".join(f"{preset.stages[i][1]:g}" for i in (0, -1))
+            how = (
+                f"one cycle, peak {preset.stages[0][1]:g}"
+                if preset.one_cycle
+                else rates
+            )
+            bounds = (
+                f"{curve[n - 1]:.1f}" if n <= len(curve) else "" for n in AFTER
+            )
+            lines.append(
+                (
+                    how,
+                    str(preset.passes),
+                    *bounds,
+                    _shown("{:.2f}", result["metrics"]["nll"]),
+                )
+            )
+            results.append(result)
+    if not lines:
+        return _not_run('mcobj train --objective "vae(k=1)" --preset paper')
+    header = ("learning rates", "passes", *(f"after {n}" for n in AFTER), "NLL")
+    return "\n\n".join(
+        (
+            blocks.markdown_table(header, lines, right=range(1, len(header))),
+            "Mean bound over the training images during a pass, batches of 100, and the NLL at the end.",
+            provenance(results),
+        )
+    )
+
+
 # Figures of the paper.
 
 
@@ -447,6 +495,7 @@ GENERATORS: dict[str, Callable[[], str]] = {
     for f in (
         tables,
         agreement,
+        schedules,
         figures,
         evidence,
         evidence_digits,

@@ -276,6 +276,7 @@ def record(folder: Path, config, *, metrics=MappingProxyType({}), **preset) -> N
     result = {
         "config": config.to_dict("0" * 64),
         "metrics": found | metrics,
+        "learning_curve": [i - 4000.0 for i in range(config.preset.passes)],
         "data": {"sha256": "0" * 64, "files": [{"verified": None}], "train": 50_000, "test": 10_000},
         "provenance": {
             "versions": {"mcobjectives": "0.1.0", "torch": "2.9"},
@@ -332,6 +333,24 @@ def test_results_of_two_protocols_are_two_tables(tmp_path):
     shown = hooks.tables()
     assert shown.count("**Table 7: ") == 2 and "NLL by IWAE-7 " in shown and "NLL by IWAE-5000 " in shown
     assert shown.count("| 87.65 |") == 2
+
+
+def test_schedules_are_compared_by_the_bound_at_the_ends_of_stages(tmp_path):
+    from mcobjectives_examples.config import Config
+    from mcobjectives_examples.presets import get_preset
+
+    hooks = generated()
+    hooks.RESULTS = tmp_path
+    assert "Not run" in hooks.schedules()
+    record(tmp_path / "paper", Config("binarized_mnist", "fixed", 1, "vae(k=1)", get_preset("paper")))
+    record(tmp_path / "short", Config("binarized_mnist", "fixed", 1, "vae(k=1)", get_preset("short")))
+    record(tmp_path / "short", Config("binarized_mnist", "fixed", 1, "vae(k=5)", get_preset("short")))
+    faster = get_preset("bgs16").with_passes(364)
+    record(tmp_path / "schedule", Config("binarized_mnist", "fixed", 1, "vae(k=1)", faster))
+    cycle, slow, fast = hooks.schedules().splitlines()[2:5]
+    assert cycle == "| one cycle, peak 0.002 | 140 | -3988.0 | -3961.0 | -3880.0 |  |  |  | 87.65 |"
+    assert slow.startswith("| 0.0001 to 1e-05 | 3280 | -3988.0 |") and slow.endswith("| -2908.0 | -721.0 | 87.65 |")
+    assert fast.startswith("| 0.001 to 0.000193") and fast.endswith("| -3637.0 |  |  | 87.65 |")
 
 
 def test_figures_are_those_that_were_drawn(tmp_path):
