@@ -121,8 +121,8 @@ def require_agreement(model: Any, x: Any, h: Latent) -> None:
     """Raise where log_joint(x, h) is another density than its parts' sum; looked at once for each model."""
     if not has_methods(model, "log_joint") or not all(map(may_synchronise, pytree.tree_leaves(h))):
         return
-    known = _AGREED.get(id(model))
-    if known is not None and known() is model:
+    key = id(model)
+    if key in _AGREED:
         return
     h = pytree.tree_map(torch.Tensor.detach, h)
     with torch.no_grad(), generators_at(rng_state()):
@@ -135,7 +135,7 @@ def require_agreement(model: Any, x: Any, h: Latent) -> None:
             "make them one, or give one of them alone"
         )
     with suppress(TypeError):  # of what has no weak references
-        _AGREED[id(model)] = weakref.ref(model)
+        _AGREED[key] = weakref.ref(model, lambda _: _AGREED.pop(key, None))
 
 
 def alike(given: Tensor, expected: Tensor) -> bool:
