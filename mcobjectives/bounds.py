@@ -81,8 +81,8 @@ class BatchBound:
             h, log_w = None, self._log_weights()
         else:
             h, q = self._draw(graph=False)
-            _require_rows(h)
             log_w = self._numbers(h, q, self.objective.k)
+            _require_rows(h, log_w.shape[1])
         bound = self._reduce(log_w)
         with torch.no_grad():
             arrays = self.objective.weights(log_w)
@@ -192,13 +192,13 @@ class BatchBound:
         )
 
 
-def _require_rows(h: Latent) -> None:
-    """Raise unless all parts of h have the same data points, of which each may keep other samples."""
+def _require_rows(h: Latent, batch: int) -> None:
+    """Raise unless all parts of h have a row for each data point, which keeps samples of its own."""
     shapes = [tuple(part.shape) for part in pytree.tree_leaves(h)]
-    if len({shape[1:2] for shape in shapes}) > 1:
+    if any(shape[1:2] != (batch,) for shape in shapes):
         raise ModelError(
-            f"backward_samples needs all parts of h to be (k, batch, ...), got {', '.join(map(str, shapes))}: expand "
-            "what data points share over them, or use all samples"
+            f"backward_samples needs all parts of h to be (k, batch, ...), got {', '.join(map(str, shapes))} for "
+            f"{batch} data points: expand what they share over them, or use all samples"
         )
 
 

@@ -199,20 +199,25 @@ class Objective(ABC):
                 f"h of {named(posterior, 'discrete')} is discrete, and a gradient straight through its samples is "
                 "biased: use gradient='vimco' for an unbiased one"
             )
-        culprit, mend = f"gradient={self.gradient!r}", "gradient='reparam'"
-        if self.weighs_itself:
-            culprit, mend = type(self).__name__, "an objective without weights of its own"
         if not self.plan.plain and moving_support(posterior):
+            culprit, mend = self._weighing()
             raise ModelError(
                 f"{culprit} is wrong for {named(posterior, 'moving_support')}, whose support moves "
                 f"with its parameters: use {mend}"
             )
         if (not self.plan.plain or self.backward_samples is not None) and (transform := without_inverse(posterior)):
+            culprit, mend = self._weighing()
             if self.plan.plain:
                 culprit, mend = f"backward_samples={self.backward_samples}", "all samples"
             raise ModelError(
                 f"{culprit} takes log q(h | x) at given samples, for which {transform} of q has no inverse: use {mend}"
             )
+
+    def _weighing(self) -> tuple[str, str]:
+        """What weighs the gradient, and what to use in its place, for messages."""
+        if self.weighs_itself:
+            return type(self).__name__, "an objective without weights of its own"
+        return f"gradient={self.gradient!r}", "gradient='reparam'"
 
     @cached_property
     def _estimator(self) -> Callable[..., Any]:

@@ -672,7 +672,5 @@ def test_what_data_points_share_is_named_where_each_keeps_other_samples():
             return self.parts[0].log_prob(h[0]) + self.parts[1].log_prob(h[1])
 
     assert torch.isfinite(IWAE(k=5, gradient="dreg")(Shared(), X))
-    with pytest.raises(
-        ModelError, match=r"to be \(k, batch, ...\), got \(5, 1\), \(5, 4\): expand what data points share"
-    ):
+    with pytest.raises(ModelError, match=r"to be \(k, batch, ...\), got \(5, 1\), \(5, 4\) for 4 data points: expand"):
         IWAE(k=5, backward_samples=2)(Shared(), X)
