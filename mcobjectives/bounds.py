@@ -151,7 +151,9 @@ class BatchBound:
         def picked(start: int, stop: int) -> Latent:
             inside = (index >= start) & (index < stop)
             local = (index - start).clamp(0, stop - start - 1)
-            part = pytree.tree_map(lambda t: _pick(t, local), self.samples.draw(start, stop))
+            drawn = self.samples.draw(start, stop)
+            _require_rows(drawn, index.shape[1])
+            part = pytree.tree_map(lambda t: _pick(t, local), drawn)
             return pytree.tree_map(lambda t: torch.where(_like(inside, t), t, torch.zeros_like(t)), part)
 
         refuse_transforms(index)
@@ -174,9 +176,9 @@ class BatchBound:
         if not bool(bad.any()):
             if some and self.plan.path and torch.is_grad_enabled():
                 warn_once(
-                    "log p(x, h) is -inf at some samples: where p's support ends inside q's (a Uniform or HalfNormal "
-                    "prior under a Normal q) a pathwise gradient is biased, since it does not see samples cross the "
-                    "edge: use a q on p's support, or gradient='vimco'"
+                    "some weights are zero (log p(x, h) = -inf): where p's support ends inside q's (a Uniform or "
+                    "HalfNormal prior under a Normal q) a pathwise gradient is biased, since it does not see samples "
+                    "cross the edge: use a q on p's support, or gradient='vimco'"
                 )
             return
         why = (

@@ -22,7 +22,7 @@ from mcobjectives.activity import (
 )
 from mcobjectives.arguments import require_count
 from mcobjectives.data import batches, in_float64, rows_and_device
-from mcobjectives.model import Latent, ModelError, has_methods, joined, log_joint, log_weights, require_agreement
+from mcobjectives.model import Latent, ModelError, has_methods, joined, log_joint, log_weights, parts
 from mcobjectives.pareto import pareto_khat, tail_length
 from mcobjectives.sampling import Samples
 
@@ -219,10 +219,8 @@ def _evaluate_batch(model: Any, x: Any, k: int, chunk_size: int) -> Evaluation:
     running = _Running(tail_length(k))
     for h, log_q in _chunks(posterior, k, chunk_size):
         n = len(pytree.tree_leaves(h)[0])
-        if apart:
-            require_agreement(model, x, h)
-        likelihood = model.log_likelihood(x, h) if apart else None
-        log_p = joint(h) if likelihood is None else joined(likelihood, model.log_prior(h))
+        likelihood, prior = parts(model, x, h) if apart else (None, None)
+        log_p = joint(h) if likelihood is None or prior is None else joined(likelihood, prior)
         running.add(log_weights(log_p, posterior.log_prob(h) if log_q is None else log_q, n), likelihood)
     return running.result(k)
 

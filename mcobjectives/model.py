@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mcobjectives.context import cast_anew, generators_at, may_synchronise, rng_state
+from mcobjectives.context import cast_anew, may_synchronise, rng_state, same_state, set_rng_state
 
 _AGREED: dict[int, weakref.ref[Any]] = {}
 
@@ -111,40 +110,60 @@ def log_joint(model: Any, x: Any, kl_weight: float = 1.0) -> Density:
     require(model, "a tempered objective" if kl_weight != 1.0 else "an objective", "log_likelihood", "log_prior")
 
     def joint(h: Latent) -> Tensor:
-        require_agreement(model, x, h)
-        return joined(model.log_likelihood(x, h), model.log_prior(h), kl_weight)
+        return joined(*parts(model, x, h), kl_weight)
 
     return joint
 
 
-def require_agreement(model: Any, x: Any, h: Latent) -> None:
-    """Raise where log_joint(x, h) is another density than its parts' sum; looked at once for each model."""
-    if not has_methods(model, "log_joint") or not all(map(may_synchronise, pytree.tree_leaves(h))):
-        return
+def parts(model: Any, x: Any, h: Latent) -> tuple[Tensor, Tensor]:
+    """log p(x | h) and log p(h); raises where they are another density than the model's log_joint, if it has one.
+
+    That is looked at once for each model, and not where it cannot be told: of random densities, under transforms.
+    """
+    look = has_methods(model, "log_joint") and id(model) not in _AGREED
+    before = rng_state() if look and all(map(may_synchronise, pytree.tree_leaves(h))) else None
+    likelihood, prior = model.log_likelihood(x, h), model.log_prior(h)
+    if before is not None and same_state(before, rng_state()):
+        _require_agreement(model, x, h, likelihood, prior)
+    return likelihood, prior
+
+
+def _require_agreement(model: Any, x: Any, h: Latent, likelihood: Tensor, prior: Tensor) -> None:
     key = id(model)
-    if key in _AGREED:
+    try:
+        known = weakref.ref(model, lambda _: _AGREED.pop(key, None))
+    except TypeError:  # it would be looked at every time
         return
-    h = pytree.tree_map(torch.Tensor.detach, h)
-    with torch.no_grad(), generators_at(rng_state()):
-        first, again = model.log_joint(x, h), model.log_joint(x, h)
-        parts = joined(model.log_likelihood(x, h), model.log_prior(h))
+    joint = _quietly(model, x, h)
+    expected = joined(likelihood, prior)
+    if joint is not None and joint.shape == expected.shape and may_synchronise(joint) and may_synchronise(expected):
+        coarse = torch.is_autocast_enabled(joint.device.type) or joint.dtype in (torch.bfloat16, torch.float16)
+        size = 1 + likelihood.detach().abs() + prior.detach().abs()
+        if bool(((joint - expected.detach()).abs() > (2e-2 if coarse else 1e-3) * size).any()):  # not where it is NaN
+            raise ModelError(
+                f"log_joint(x, h) of {type(model).__name__} is another density than log_likelihood(x, h) + "
+                "log_prior(h): make them one, or give one of them alone"
+            )
+    _AGREED[key] = known
+
+
+def _quietly(model: Any, x: Any, h: Latent) -> Tensor | None:
+    """log_joint(x, h), leaving no trace in buffers and random numbers; None where it is random or not to be called."""
+    buffers = list(model.buffers()) if isinstance(model, torch.nn.Module) else []
+    kept = [buffer.clone() for buffer in buffers]
+    before = rng_state()
+    with torch.no_grad():
+        try:
+            joint = model.log_joint(x, h)
+        except Exception:  # of a base class, say, for other arguments
+            joint = None
+        for buffer, value in zip(buffers, kept, strict=True):
+            if not torch.equal(buffer, value):
+                buffer.data.copy_(value)  # unseen by a graph that holds it, as batch normalisation's own changes are
     cast_anew()
-    if torch.equal(first, again) and not alike(first, parts):  # a random one cannot be judged, nor can NaN
-        raise ModelError(
-            f"log_joint(x, h) of {type(model).__name__} is another density than log_likelihood(x, h) + log_prior(h): "
-            "make them one, or give one of them alone"
-        )
-    with suppress(TypeError):  # of what has no weak references
-        _AGREED[key] = weakref.ref(model, lambda _: _AGREED.pop(key, None))
-
-
-def alike(given: Tensor, expected: Tensor) -> bool:
-    """Whether two log-densities are one, but for rounding."""
-    half = (torch.bfloat16, torch.float16)
-    tolerance = 2e-2 if given.dtype in half or expected.dtype in half else 1e-3
-    return given.shape == expected.shape and torch.allclose(
-        given.double(), expected.double(), rtol=tolerance, atol=tolerance
-    )
+    random = not same_state(before, rng_state())
+    set_rng_state(before)
+    return joint if isinstance(joint, Tensor) and not random else None
 
 
 def joined(likelihood: Tensor, prior: Tensor, kl_weight: float = 1.0) -> Tensor:

@@ -205,12 +205,15 @@ class Objective(ABC):
                 f"{culprit} is wrong for {named(posterior, 'moving_support')}, whose support moves "
                 f"with its parameters: use {mend}"
             )
-        if (not self.plan.plain or self.backward_samples is not None) and (transform := without_inverse(posterior)):
+        if (not self.plan.plain or self.backward_samples is not None) and (
+            transform := without_inverse(posterior)
+        ) is not None:
             culprit, mend = self._weighing()
             if self.plan.plain:
                 culprit, mend = f"backward_samples={self.backward_samples}", "all samples"
             raise ModelError(
-                f"{culprit} takes log q(h | x) at given samples, for which {transform} of q has no inverse: use {mend}"
+                f"{culprit} takes log q(h | x) at given samples, for which {type(transform).__name__} of q has "
+                f"no inverse: use {mend}"
             )
 
     def _weighing(self) -> tuple[str, str]:

@@ -84,7 +84,7 @@ class _Replayed(torch.autograd.Function):
 
 
 def _first_derivative(gradient: Tensor | None, leaf: Tensor) -> Tensor:
-    if gradient is not None and gradient.is_sparse:  # of an embedding: it stays sparse, for the optimisers that want it
+    if gradient is not None and gradient.is_sparse and not torch.is_grad_enabled():  # for optimisers that want it so
         return gradient
     zeros = zeros_once(leaf)
     return zeros if gradient is None else zeros.add_(gradient)

@@ -84,25 +84,29 @@ def caches(posterior: Any) -> bool:
     """Whether it knows log q of its latest samples: at others, slices and copies among them, a flow inverts itself."""
     if isinstance(own := getattr(posterior, "caches", None), bool):
         return own
-    return any(getattr(transform, "_cache_size", 0) for transform in _transforms(posterior))
+    return any(
+        getattr(t, "_cache_size", 0) for q in _chain(posterior) for t in _with_parts(getattr(q, "transforms", ()))
+    )
 
 
-def without_inverse(posterior: Any) -> str:
-    """The name of a transform that has no inverse, so that q knows no log q but of its latest samples; or nothing."""
-    for transform in _transforms(posterior):
-        if all(getattr(type(transform), name, None) is getattr(Transform, name) for name in _INVERSES):
-            return type(transform).__name__
-    return ""
+def without_inverse(posterior: Any) -> Any:
+    """A transform of q that has no inverse, so that it knows log q of its latest samples alone, or None."""
+    for q in _chain(posterior):
+        if getattr(type(q), "log_prob", None) is TransformedDistribution.log_prob:  # no density of its own
+            for transform in _with_parts(q.transforms):
+                if all(getattr(type(transform), name, None) is getattr(Transform, name) for name in _INVERSES):
+                    return transform
+    return None
 
 
-def _transforms(posterior: Any) -> Iterator[Any]:
-    """All that a flow is made of, and what these are made of."""
+def _chain(posterior: Any) -> Iterator[Any]:
     while posterior is not None:
-        yield from _with_parts(getattr(posterior, "transforms", ()))
+        yield posterior
         posterior = getattr(posterior, "base_dist", None)
 
 
 def _with_parts(transforms: Iterable[Any]) -> Iterator[Any]:
+    """All that a flow is made of, and what these are made of."""
     for transform in transforms:
         yield transform
         base = getattr(transform, "base_transform", None)
@@ -148,10 +152,11 @@ class Samples:
         require(posterior, "an objective", "log_prob")
         self.posterior, self.k, self.pathwise = posterior, k, pathwise
         self.caches = caches(posterior)
-        if not self.caches and (transform := without_inverse(posterior)):
+        transform = without_inverse(posterior)
+        if transform is not None and not transform._cache_size:
             raise ModelError(
-                f"{transform} of q has no inverse, without which log q(h | x) is known of its latest samples alone: "
-                "make it with cache_size=1"
+                f"{type(transform).__name__} of q has no inverse, without which log q(h | x) is known of its latest "
+                "samples alone: make it with cache_size=1"
             )
         self.attach = posterior.attach if pathwise and has_methods(posterior, "attach") else None
         self._states: list[Any] = []

@@ -751,3 +751,7 @@ def test_gradients_of_sparse_embeddings_stay_sparse(gradient):
         found.append(model.table.weight.grad.to_dense())
     torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
     torch.optim.SparseAdam(model.parameters()).step()
+    loss = IWAE(k=5, gradient=gradient, chunk_size=2)(model, x)
+    [once] = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+    with pytest.raises(RuntimeError, match="a second derivative of this loss would be incomplete"):
+        once.to_dense().pow(2).sum().backward()

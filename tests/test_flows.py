@@ -204,12 +204,12 @@ def test_a_transform_without_an_inverse_is_named_before_any_compute(wrap):
     with pytest.raises(ModelError, match=r"^OneWay of q has no inverse, .* make it with cache_size=1$"):
         IWAE(k=3)(model, X)
     model.transform = lambda *parameters, cache_size: wrap(OneWay(*parameters).inv)
-    assert without_inverse(model.posterior(X)) == ""
+    assert without_inverse(model.posterior(X)) is None
 
 
 @pytest.mark.parametrize("transform", [SigmoidTransform(), SigmoidTransform().inv, StackTransform([ExpTransform()])])
 def test_what_torch_has_an_inverse_of_is_not_refused(transform):
-    assert without_inverse(TransformedDistribution(Normal(torch.zeros(1), 1.0), [transform])) == ""
+    assert without_inverse(TransformedDistribution(Normal(torch.zeros(1), 1.0), [transform])) is None
 
 
 def test_reparam_by_its_weights_is_reparam_though_q_caches():

@@ -632,7 +632,7 @@ def test_a_joint_that_is_not_the_sum_of_its_parts_is_refused_where_the_parts_are
     for _ in range(3):
         IWAE(k=3, kl_weight=0.5)(model, X).backward()
         evaluate(model, X, k=10)
-    assert model.asked == 2  # looked at once
+    assert model.asked == 1  # looked at once
 
 
 def test_a_random_joint_is_not_judged_and_the_look_leaves_no_trace():
@@ -674,3 +674,67 @@ def test_what_data_points_share_is_named_where_each_keeps_other_samples():
     assert torch.isfinite(IWAE(k=5, gradient="dreg")(Shared(), X))
     with pytest.raises(ModelError, match=r"to be \(k, batch, ...\), got \(5, 1\), \(5, 4\) for 4 data points: expand"):
         IWAE(k=5, backward_samples=2)(Shared(), X)
+    with pytest.raises(ModelError, match=r"got \(3, 1\), \(3, 4\) for 4 data points: expand"):
+        IWAE(k=5, backward_samples=2, chunk_size=3)(Shared(), X)
+
+
+class Awkward(Two):
+    """Models with a joint that is not to be called, or is not to be judged; their parts are right."""
+
+    def __init__(self, joint):
+        super().__init__()
+        self.joint = joint
+
+    def log_joint(self, x, h):
+        return self.joint(x, h)
+
+
+def raises(x, h):
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    "joint",
+    [
+        raises,
+        lambda x, h: None,
+        lambda x, h: (h**2).sum(),
+        lambda x, h: torch.randn_like(h),
+        lambda x, h: h * torch.nan,
+    ],
+)
+def test_a_joint_that_cannot_be_judged_is_let_be(joint):
+    model = Awkward(joint)
+    losses = []
+    for subject in (model, Awkward(None)):
+        torch.manual_seed(0)
+        losses.append((IWAE(k=3, kl_weight=0.5)(subject, X), evaluate(subject, X, k=60).nll))
+    assert losses[0] == losses[1]
+
+
+def test_the_look_at_a_joint_leaves_buffers_and_casts_alone():
+    class Normed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.layer = (
+                torch.nn.BatchNorm1d(1),
+                torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(1, 1)),
+            )
+
+        def posterior(self, x):
+            return Independent(Normal(self.layer(self.norm(x)), 1.0), 1)
+
+        def log_likelihood(self, x, h):
+            return -(x - self.norm(self.layer(h).flatten(0, 1)).view_as(h)).pow(2).sum(-1)
+
+        def log_prior(self, h):
+            return -(h**2).sum(-1) / 2
+
+        def log_joint(self, x, h):
+            return self.log_likelihood(x, h) + self.log_prior(h)
+
+    torch.manual_seed(0)
+    x, model = torch.randn(5, 1), Normed()
+    with torch.nn.utils.parametrize.cached():
+        VAE(k=2, kl_weight=0.5)(model, x).backward()
+    assert all(p.grad is not None for p in model.parameters()) and int(model.norm.num_batches_tracked) == 2
