@@ -249,12 +249,12 @@ def test_what_fails_when_it_is_made_is_reported_by_its_distribution(install):
     assert not entries["iwae"].error and "two" not in entries["iwae"].estimators
 
 
-ODD = """
+UNEVEN = """
     from dataclasses import dataclass
     from mcobjectives import Objective
 
     @dataclass(frozen=True)
-    class Odd(Objective):
+    class Uneven(Objective):
         k: int = 3
 
         def __post_init__(self):
@@ -268,9 +268,9 @@ ODD = """
 
 
 def test_an_objective_that_takes_odd_k_alone_is_listed_with_all_others(install):
-    install("acme-odd", ODD, objectives={"acme_odd": "acme_odd:Odd"})
+    install("acme-uneven", UNEVEN, objectives={"acme_uneven": "acme_uneven:Uneven"})
     entries = {entry.name: entry for entry in catalogue()}
-    assert "dreg" in entries["acme_odd"].estimators and "vimco" in entries["vae"].estimators
+    assert "dreg" in entries["acme_uneven"].estimators and "vimco" in entries["vae"].estimators
 
 
 def test_the_command_line_lists_every_broken_plugin_and_all_that_works(install, capsys, monkeypatch):
