@@ -179,7 +179,7 @@ def schedules() -> str:
             if config != alike:
                 continue
             preset, curve = config.preset, result["learning_curve"]
-            rates = " to ".join(f"{preset.stages[i][1]:g}" for i in (0, -1))
+            rates = " to ".join(f"{preset.stages[i][1]:.2g}" for i in (0, -1))
             how = (
                 f"one cycle, peak {preset.stages[0][1]:g}"
                 if preset.one_cycle
