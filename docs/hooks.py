@@ -142,23 +142,30 @@ def _folders() -> list[Path]:
 
 def _recorded_rows(number: str, folder: Path) -> list[list[Any]]:
     """The rows of a table for each protocol of which a folder holds a cell."""
+    _, runs = _held(folder)
+    return [run.rows for run in runs if run.number == number]
+
+
+def _held(folder: Path) -> tuple[dict[Any, Any], list[Any]]:
+    """The results that a folder holds by configuration, and the paper's tables of them."""
     files = ((path.name, path.stat().st_mtime_ns) for path in folder.glob("*.json"))
-    return [
-        run.rows for run in _runs(folder, *sorted(files)) if run.number == number
-    ]
+    return _read(folder, *sorted(files))
 
 
 @cache
-def _runs(folder: Path, *files: tuple[str, int]) -> list[Any]:
-    """The paper's tables that a folder holds, read once while these are its files."""
+def _read(
+    folder: Path, *files: tuple[str, int]
+) -> tuple[dict[Any, Any], list[Any]]:
+    """The same, read once while these are its files."""
     from mcobjectives_examples import records
     from mcobjectives_examples.checkpoints import CheckpointError
 
     try:
-        return records.table_runs(records.read(folder))
+        found = records.read(folder)
+        return found, records.table_runs(found)
     except CheckpointError as error:
         log.warning("%s: %s", folder.name, error)
-        return []
+        return {}, []
 
 
 AFTER = (13, 40, 121, 364, 1093, 3280)
@@ -167,14 +174,11 @@ AFTER = (13, 40, 121, 364, 1093, 3280)
 
 def schedules() -> str:
     """The one-layer VAE of one sample by each recorded protocol: its training bound on the way, and its NLL."""
-    from mcobjectives_examples import records
     from mcobjectives_examples.config import Config
 
     lines, results = [], []
     for folder in (*_folders(), RESULTS / "schedule"):
-        for config, result in (
-            records.read(folder).items() if folder.is_dir() else ()
-        ):
+        for config, result in _held(folder)[0].items():
             alike = Config("binarized_mnist", "fixed", 1, "vae(k=1)", config.preset)
             if config != alike:
                 continue
@@ -194,16 +198,23 @@ def schedules() -> str:
                     str(preset.passes),
                     *bounds,
                     _shown("{:.2f}", result["metrics"]["nll"]),
+                    _shown("{:.2f}", result["metrics"]["kl_posterior"]),
                 )
             )
             results.append(result)
     if not lines:
         return _not_run('mcobj train --objective "vae(k=1)" --preset paper')
-    header = ("learning rates", "passes", *(f"after {n}" for n in AFTER), "NLL")
+    header = (
+        "learning rates",
+        "passes",
+        *(f"after {n}" for n in AFTER),
+        "NLL",
+        "KL",
+    )
     return "\n\n".join(
         (
             blocks.markdown_table(header, lines, right=range(1, len(header))),
-            "Mean bound over the training images during a pass, batches of 100, and the NLL at the end.",
+            "Mean bound over the training images during a pass, batches of 100, and the NLL and KL(q ‖ posterior) at the end.",
             provenance(results),
         )
     )

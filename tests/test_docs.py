@@ -348,9 +348,11 @@ def test_schedules_are_compared_by_the_bound_at_the_ends_of_stages(tmp_path):
     faster = get_preset("bgs16").with_passes(364)
     record(tmp_path / "schedule", Config("binarized_mnist", "fixed", 1, "vae(k=1)", faster))
     cycle, slow, fast = hooks.schedules().splitlines()[2:5]
-    assert cycle == "| one cycle, peak 0.002 | 140 | -3988.0 | -3961.0 | -3880.0 |  |  |  | 87.65 |"
-    assert slow.startswith("| 0.0001 to 1e-05 | 3280 | -3988.0 |") and slow.endswith("| -2908.0 | -721.0 | 87.65 |")
-    assert fast.startswith("| 0.001 to 0.00019 |") and fast.endswith("| -3637.0 |  |  | 87.65 |")
+    assert cycle == "| one cycle, peak 0.002 | 140 | -3988.0 | -3961.0 | -3880.0 |  |  |  | 87.65 | 3.21 |"
+    assert slow.startswith("| 0.0001 to 1e-05 | 3280 | -3988.0 |") and slow.endswith(
+        "| -2908.0 | -721.0 | 87.65 | 3.21 |"
+    )
+    assert fast.startswith("| 0.001 to 0.00019 |") and fast.endswith("| -3637.0 |  |  | 87.65 | 3.21 |")
 
 
 def test_figures_are_those_that_were_drawn(tmp_path):

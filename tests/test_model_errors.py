@@ -716,10 +716,8 @@ def test_the_look_at_a_joint_leaves_buffers_and_casts_alone():
     class Normed(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.norm, self.layer = (
-                torch.nn.BatchNorm1d(1),
-                torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(1, 1)),
-            )
+            self.norm = torch.nn.BatchNorm1d(1)
+            self.layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(1, 1))
 
         def posterior(self, x):
             return Independent(Normal(self.layer(self.norm(x)), 1.0), 1)
