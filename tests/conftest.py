@@ -1,8 +1,11 @@
 import os
 
 import pytest
+from runs import CPU, TINY, until
 
+from mcobjectives_examples.config import Config
 from mcobjectives_examples.datasets import load
+from mcobjectives_examples.training import Interrupted, Trainer
 
 # A console reads its width when it is made: one that is set outside, as by pytest-xdist, would stay through every test.
 os.environ.pop("COLUMNS", None)
@@ -13,3 +16,23 @@ os.environ.pop("LINES", None)
 def digits():
     """The small data set that needs no download; nobody changes it."""
     return load("digits")
+
+
+@pytest.fixture
+def trainer(digits, tmp_path):
+    def build(name="run.pt", preset=TINY, engine="eager", note=lambda text: None, **changes):
+        settings = {"dataset": "digits", "binarisation": "once", "layers": 1, "objective": "iwae(k=3)"}
+        return Trainer(
+            Config(**settings | changes, preset=preset), digits, CPU, tmp_path / name, engine=engine, note=note
+        )
+
+    return build
+
+
+@pytest.fixture
+def saved(trainer):
+    """A run, interrupted with a checkpoint."""
+    run = trainer()
+    with pytest.raises(Interrupted):
+        run.run(*until(2))
+    return run

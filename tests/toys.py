@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Independent, MultivariateNormal, Normal
@@ -39,6 +40,11 @@ def registered(k: int, **options: object) -> list[Objective]:
             counts = [{"k": k}]
         found += [make(**n, **own, **options) for n in counts for own in PARAMETERS.get(name, [{}])]
     return found
+
+
+K = 6
+EVERY = registered(K)
+every = pytest.mark.parametrize("objective", EVERY, ids=repr)
 
 
 @dataclass(frozen=True)
@@ -194,6 +200,12 @@ class LinearGaussian(Model):
 
     def log_prior(self, h: Tensor) -> Tensor:
         return Independent(Normal(torch.zeros_like(h), 1.0), 1).log_prob(h)
+
+
+class DiagonalGaussian(LinearGaussian):
+    def posterior(self, x: Tensor) -> Independent:
+        normal = Normal(x @ self.q_gain.T + self.q_offset, self.q_scale.diagonal())
+        return Independent(normal, 1)
 
 
 class Reparameterised:

@@ -1,0 +1,171 @@
+"""What is kept of a run: nothing that is not finite, nothing half-written, nothing of another run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import resource
+import stat
+
+import pytest
+import torch
+from runs import CPU, TINY, until
+
+from mcobjectives_examples import checkpoints, training
+from mcobjectives_examples.checkpoints import CheckpointError
+from mcobjectives_examples.files import OutputError
+from mcobjectives_examples.training import TrainingError
+
+# Not finite any more.
+
+
+def test_a_bound_that_is_not_finite_keeps_the_checkpoint_before(trainer, monkeypatch):
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    run = trainer()
+    good = run.checkpoint
+
+    def broken(x):
+        return x.mean() * (math.nan if run.epoch == 1 else 1)
+
+    monkeypatch.setattr(training, "make_step", lambda engine, *a: (broken, engine))
+    with pytest.raises(TrainingError, match=r"pass 2: the mean bound is nan; .*run\.pt"):
+        run.run()
+    kept = checkpoints.load(good, run.record, CPU)
+    assert kept["position"] == {"epoch": 1, "step": 0, "total": 0.0} and len(kept["history"]) == 1
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_parameters_that_are_not_finite_are_never_saved(trainer, monkeypatch, stopped):
+    run = trainer()
+
+    def ruin(x):
+        if run.epoch == 2 and run.step == 1:
+            next(run.model.parameters()).data.fill_(math.nan)
+        return x.mean()
+
+    monkeypatch.setattr(training, "make_step", lambda engine, *a: (ruin, engine))
+    with pytest.raises(TrainingError, match="pass 3: a parameter"):
+        run.run(*until(10 if stopped else 99))
+    again = trainer()
+    assert again.restore() and all(torch.isfinite(p).all() for p in again.model.parameters())
+
+
+def test_a_learning_rate_that_is_far_too_large_is_a_training_error(trainer):
+    run = trainer(preset=dataclasses.replace(TINY, stages=((3, 1e30),), one_cycle=False))
+    with pytest.raises(TrainingError, match="pass 1: "):
+        run.run()
+
+
+# Checkpoints.
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_a_crash_while_writing_keeps_the_old_file(saved, monkeypatch, function):
+    old = saved.checkpoint.read_bytes()
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, function, fail)
+    with pytest.raises(OutputError, match="No space left on device: choose another folder with --out"):
+        saved.save()
+    assert saved.checkpoint.read_bytes() == old
+    assert os.listdir(saved.checkpoint.parent) == ["run.pt"]
+
+
+def test_content_is_on_the_disk_before_it_takes_the_name_and_then_the_name_is(saved, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def forced(file):
+        done.append("folder" if stat.S_ISDIR(os.fstat(file).st_mode) else "file")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", forced)
+    monkeypatch.setattr(os, "replace", lambda *names: done.append("rename") or replace(*names))
+    saved.save()
+    assert done == ["file", "rename", "folder"]
+
+
+def test_a_disk_that_fills_up_keeps_the_old_file(saved):
+    old = saved.checkpoint.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=r"cannot write .*run\.pt: .*File too large: choose another folder"):
+            saved.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert saved.checkpoint.read_bytes() == old
+    assert os.listdir(saved.checkpoint.parent) == ["run.pt"]
+
+
+def test_a_folder_that_cannot_be_written_shows_before_the_first_step(trainer, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    run = trainer("out/run.pt")
+    with pytest.raises(OutputError, match="cannot write"):
+        run.run()
+    assert run.step == run.epoch == 0
+
+
+def test_files_get_the_usual_permissions(saved, tmp_path):
+    (tmp_path / "usual").write_text("")
+    assert saved.checkpoint.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_code_in_a_checkpoint_is_not_run(saved, trainer, tmp_path):
+    state = torch.load(saved.checkpoint, weights_only=True)
+    torch.save(state | {"history": Evil(tmp_path / "owned")}, saved.checkpoint)
+    old = saved.checkpoint.read_bytes()
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        trainer().restore()
+    assert not (tmp_path / "owned").exists() and saved.checkpoint.read_bytes() == old
+
+
+SPOIL = {
+    "empty": lambda path, state: path.write_bytes(b""),
+    "garbage": lambda path, state: path.write_bytes(b"garbage" * 1000),
+    "half": lambda path, state: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "a few bytes short": lambda path, state: path.write_bytes(path.read_bytes()[:-30]),
+    "a list": lambda path, state: torch.save([1], path),
+    "a tensor": lambda path, state: torch.save(torch.ones(3), path),
+    "another format": lambda path, state: torch.save(state | {"format": 99}, path),
+    "no configuration": lambda path, state: torch.save({"format": checkpoints.FORMAT}, path),
+    "a broken configuration": lambda path, state: torch.save(state | {"config": "{"}, path),
+    "another run's": lambda path, state: torch.save(state | {"config": state["config"].replace("iwae", "vae")}, path),
+    "no optimiser": lambda path, state: torch.save({k: v for k, v in state.items() if k != "optimiser"}, path),
+    "another model's": lambda path, state: torch.save(state | {"model": {"weight": torch.ones(2)}}, path),
+    "no model at all": lambda path, state: torch.save(state | {"model": 3}, path),
+    "a foreign position": lambda path, state: torch.save(state | {"position": None}, path),
+    "a foreign generator": lambda path, state: torch.save(state | {"rng": {"cpu": torch.ones(3)}}, path),
+}
+
+
+@pytest.mark.parametrize("how", SPOIL)
+def test_a_spoilt_checkpoint_is_refused_and_kept(saved, trainer, how):
+    path = saved.checkpoint
+    SPOIL[how](path, torch.load(path, weights_only=True))
+    old = path.read_bytes()
+    with pytest.raises(CheckpointError, match=r"run\.pt .*move it away") as error:
+        trainer().restore()
+    assert path.read_bytes() == old and "\n" not in str(error.value)
+
+
+def test_a_mismatch_says_what_differs(saved, trainer):
+    notes = []
+    state = torch.load(saved.checkpoint, weights_only=True)
+    torch.save(state | {"device": "cuda"}, saved.checkpoint)
+    assert trainer(note=notes.append).restore()
+    assert notes == ["the checkpoint is from a run on cuda, this is on cpu: the noise is another"]
+    reworded = trainer(preset=dataclasses.replace(TINY, about="in other words"))
+    assert reworded.restore()  # a description is no setting
+    with pytest.raises(CheckpointError, match=r"differs in objective, seed"):
+        trainer(objective="vae(k=3)", seed=2).restore()
