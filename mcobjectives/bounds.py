@@ -10,13 +10,22 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from mcobjectives.analytic import expected_log_ratio
 from mcobjectives.context import cast_anew, generators_at, may_synchronise, refuse_transforms, rng_state, same_state
 from mcobjectives.derivatives import reduced
 from mcobjectives.estimators import Weights, warn_once
-from mcobjectives.model import Density, Latent, ModelError
+from mcobjectives.model import Density, Latent, ModelError, log_joint, require
 from mcobjectives.replay import replayed, require_unchanged
 from mcobjectives.resampling import select
-from mcobjectives.sampling import Samples, check_differentiable
+from mcobjectives.sampling import (
+    Samples,
+    check_differentiable,
+    has_rsample,
+    is_discrete,
+    moving_support,
+    named,
+    without_inverse,
+)
 from mcobjectives.surrogate import PLAIN, Plan, Ratio, Terms, terms, with_value
 
 if TYPE_CHECKING:
@@ -212,3 +221,51 @@ def _like(weights: Tensor, part: Tensor) -> Tensor:
 def _pick(part: Tensor, index: Tensor) -> Tensor:
     """Rows of `(k, batch, ...)` by an `(m, batch)` index."""
     return part.gather(0, _like(index, part).expand(index.shape + part.shape[2:]))
+
+
+def open_batch(objective: Objective, model: Any, x: Any) -> BatchBound:
+    """The model's samples and densities at x; raises for what it lacks, or what the estimator would get wrong of it."""
+    log_p: Density
+    if objective.analytic_kl:
+        require(model, f"{type(objective).__name__}(analytic_kl=True)", "posterior", "log_likelihood")
+        log_p = lambda h: model.log_likelihood(x, h)  # noqa: E731
+    else:
+        log_p = log_joint(model, x, objective.tempering)
+    if isinstance(x, Tensor) and x.numel() == 0:  # torch's own distributions stumble over it less legibly
+        raise ModelError(f"the batch is empty: x has shape {tuple(x.shape)}")
+    posterior, plan = model.posterior(x), objective.plan
+    if torch.is_grad_enabled():
+        _require_sound(objective, posterior)
+    samples = Samples(
+        posterior,
+        objective.k,
+        pathwise=plan.path and torch.is_grad_enabled(),
+        replay=objective.chunk_size is not None,
+    )
+    log_q = expected_log_ratio(model, posterior) if objective.analytic_kl else posterior.log_prob
+    return BatchBound(objective, plan, samples, log_p, log_q)
+
+
+def _require_sound(objective: Objective, posterior: Any) -> None:
+    """Raise, or warn, where this estimator's gradient would be wrong for this posterior."""
+    plan, m = objective.plan, objective.backward_samples
+    if plan.path and is_discrete(posterior) and has_rsample(posterior):
+        warn_once(
+            f"h of {named(posterior, 'discrete')} is discrete, and a gradient straight through its samples is "
+            "biased: use gradient='vimco' for an unbiased one"
+        )
+    culprit, mend = f"gradient={objective.gradient!r}", "gradient='reparam'"
+    if objective.weighs_itself:
+        culprit, mend = type(objective).__name__, "an objective without weights of its own"
+    if not plan.plain and moving_support(posterior):
+        raise ModelError(
+            f"{culprit} is wrong for {named(posterior, 'moving_support')}, whose support moves "
+            f"with its parameters: use {mend}"
+        )
+    if plan.plain:
+        culprit, mend = f"backward_samples={m}", "all samples"
+    if (not plan.plain or m is not None) and (transform := without_inverse(posterior)) is not None:
+        raise ModelError(
+            f"{culprit} takes log q(h | x) at given samples, for which {type(transform).__name__} of q has "
+            f"no inverse: use {mend}"
+        )

@@ -12,14 +12,11 @@ import torch
 from torch import Tensor
 
 from mcobjectives import plugins
-from mcobjectives.analytic import expected_log_ratio
 from mcobjectives.arguments import require_count, require_number
-from mcobjectives.bounds import BatchBound
+from mcobjectives.bounds import open_batch
 from mcobjectives.context import uncompiled
 from mcobjectives.derivatives import curvatures, differentiable_twice, leave_one_out, slopes, slopes_jump, slopes_vary
-from mcobjectives.estimators import Weights, warn_once
-from mcobjectives.model import ModelError, log_joint, require
-from mcobjectives.sampling import Samples, has_rsample, is_discrete, moving_support, named, without_inverse
+from mcobjectives.estimators import Weights
 from mcobjectives.surrogate import PLAIN, Plan, plan_of
 
 _SEEN: dict[tuple[Any, ...], bool] = {}
@@ -166,61 +163,12 @@ class Objective(ABC):
     # How it is done.
 
     def _surrogate(self, model: Any, x: Any) -> Tensor:
-        at_batch = self._open(model, x)
+        at_batch = open_batch(self, model, x)
         if not torch.is_grad_enabled():
             return at_batch.value()
         if self.backward_samples is not None:
             return at_batch.resampled(self.backward_samples)
         return at_batch.whole() if self.chunk_size is None else at_batch.chunked()
-
-    def _open(self, model: Any, x: Any) -> BatchBound:
-        log_p = log_joint(model, x, self.tempering) if not self.analytic_kl else None
-        if log_p is None:
-            require(model, f"{type(self).__name__}(analytic_kl=True)", "posterior", "log_likelihood")
-        if isinstance(x, Tensor) and x.numel() == 0:  # torch's own distributions stumble over it less legibly
-            raise ModelError(f"the batch is empty: x has shape {tuple(x.shape)}")
-        posterior = model.posterior(x)
-        if torch.is_grad_enabled():
-            self._check_samples(posterior)
-        samples = Samples(
-            posterior,
-            self.k,
-            pathwise=self.plan.path and torch.is_grad_enabled(),
-            replay=self.chunk_size is not None,
-        )
-        if log_p is not None:
-            return BatchBound(self, self.plan, samples, log_p, posterior.log_prob)
-        likelihood, log_ratio = lambda h: model.log_likelihood(x, h), expected_log_ratio(model, posterior)
-        return BatchBound(self, self.plan, samples, likelihood, log_ratio)
-
-    def _check_samples(self, posterior: Any) -> None:
-        if self.plan.path and is_discrete(posterior) and has_rsample(posterior):
-            warn_once(
-                f"h of {named(posterior, 'discrete')} is discrete, and a gradient straight through its samples is "
-                "biased: use gradient='vimco' for an unbiased one"
-            )
-        if not self.plan.plain and moving_support(posterior):
-            culprit, mend = self._weighing()
-            raise ModelError(
-                f"{culprit} is wrong for {named(posterior, 'moving_support')}, whose support moves "
-                f"with its parameters: use {mend}"
-            )
-        if (not self.plan.plain or self.backward_samples is not None) and (
-            transform := without_inverse(posterior)
-        ) is not None:
-            culprit, mend = self._weighing()
-            if self.plan.plain:
-                culprit, mend = f"backward_samples={self.backward_samples}", "all samples"
-            raise ModelError(
-                f"{culprit} takes log q(h | x) at given samples, for which {type(transform).__name__} of q has "
-                f"no inverse: use {mend}"
-            )
-
-    def _weighing(self) -> tuple[str, str]:
-        """What weighs the gradient, and what to use in its place, for messages."""
-        if self.weighs_itself:
-            return type(self).__name__, "an objective without weights of its own"
-        return f"gradient={self.gradient!r}", "gradient='reparam'"
 
     @cached_property
     def _estimator(self) -> Callable[..., Any]:
