@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from mcobjectives.analytic import expected_log_ratio
 from mcobjectives.context import cast_anew, generators_at, may_synchronise, refuse_transforms, rng_state, same_state
 from mcobjectives.derivatives import reduced
-from mcobjectives.estimators import Weights, warn_once
+from mcobjectives.estimators import warn_once
 from mcobjectives.model import Density, Latent, ModelError, log_joint, require
 from mcobjectives.replay import replayed, require_unchanged
 from mcobjectives.resampling import select
@@ -71,7 +71,7 @@ class BatchBound:
 
         def share(chunk: int) -> Tensor:
             start, stop = self._chunks()[chunk]
-            own = Weights.of(w if w is None else w[start:stop] for w in weights)
+            own = weights.map(lambda w: w[start:stop])
             ratio = Ratio()
             ratio.of(own)
             with generators_at(states[chunk]):  # a dropout in the model repeats itself
@@ -100,7 +100,7 @@ class BatchBound:
             offset = torch.rand(log_w.shape[1], dtype=torch.float64, device=log_w.device)
             index, multiplier = select(importance, m, offset)
             multiplier = multiplier.to(log_w.dtype)
-            weights = Weights.of(w if w is None else multiplier * w.gather(0, index) for w in arrays)
+            weights = arrays.map(lambda w: multiplier * w.gather(0, index))
         ratio = Ratio()
         ratio.of(weights)
         chosen = self._redraw(index) if in_chunks else pytree.tree_map(lambda part: _pick(part, index), h)

@@ -39,10 +39,11 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def generators_at(state: Any) -> Iterator[None]:
-    """Inside, torch's generators go on from a `rng_state()`; afterwards from where they were."""
+def generators_at(state: tuple[Tensor, ...] | None = None) -> Iterator[None]:
+    """Inside, torch's generators go on from a `rng_state()`, if one is given; afterwards from where they were."""
     now = rng_state()
-    set_rng_state(state)
+    if state is not None:
+        set_rng_state(state)
     try:
         yield
     finally:

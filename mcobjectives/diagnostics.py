@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mcobjectives.arguments import require_count
-from mcobjectives.context import generators_at, rng_state
+from mcobjectives.context import generators_at
 from mcobjectives.model import ModelError
 from mcobjectives.objective import Objective
 from mcobjectives.sampling import caches, check_differentiable, has_rsample, is_discrete
@@ -253,7 +253,7 @@ def _is_pathwise(model: Any, x: Any) -> bool:
     posterior = model.posterior(x)
     if not has_rsample(posterior) or is_discrete(posterior):
         return False
-    with generators_at(rng_state()):
+    with generators_at():
         h = posterior.rsample(torch.Size((1,)))
     try:
         check_differentiable(h, posterior.log_prob(h if caches(posterior) else pytree.tree_map(Tensor.detach, h)))

@@ -13,7 +13,7 @@ does not refuse with `ValueError`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -42,12 +42,10 @@ class Weights(NamedTuple):
     c: Tensor | None
     s: Tensor | None
 
-    @classmethod
-    def of(cls, arrays: Iterable[Tensor | None]) -> Weights:
-        """From an iterable of the three, of which the first is there."""
-        a, c, s = arrays
-        assert a is not None
-        return cls(a, c, s)
+    def map(self, change: Callable[[Tensor], Tensor]) -> Weights:
+        """Each of the arrays that are there, changed."""
+        a, c, s = self
+        return Weights(change(a), None if c is None else change(c), None if s is None else change(s))
 
 
 def reparam(objective: Objective, log_w: Tensor) -> Weights:

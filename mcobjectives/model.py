@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mcobjectives.context import cast_anew, may_synchronise, rng_state, same_state, set_rng_state
+from mcobjectives.context import cast_anew, generators_at, may_synchronise, rng_state, same_state
 
 _AGREED: dict[int, weakref.ref[Any]] = {}
 
@@ -151,18 +151,17 @@ def _quietly(model: Any, x: Any, h: Latent) -> Tensor | None:
     """log_joint(x, h), leaving no trace in buffers and random numbers; None where it is random or not to be called."""
     buffers = list(model.buffers()) if isinstance(model, torch.nn.Module) else []
     kept = [buffer.clone() for buffer in buffers]
-    before = rng_state()
-    with torch.no_grad():
+    with generators_at(), torch.no_grad():
+        before = rng_state()
         try:
             joint = model.log_joint(x, h)
         except Exception:  # of a base class, say, for other arguments
             joint = None
+        random = not same_state(before, rng_state())
         for buffer, value in zip(buffers, kept, strict=True):
             if not torch.equal(buffer, value):
                 buffer.data.copy_(value)  # unseen by a graph that holds it, as batch normalisation's own changes are
     cast_anew()
-    random = not same_state(before, rng_state())
-    set_rng_state(before)
     return joint if isinstance(joint, Tensor) and not random else None
 
 

@@ -14,7 +14,7 @@ from torch.func import functionalize
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mcobjectives.context import generators_at, rng_state
+from mcobjectives.context import generators_at
 from mcobjectives_examples.memory import keep_freed_memory
 
 SECONDS_TO_COMPILE = 40.0
@@ -35,7 +35,7 @@ def compile_whole(function: Callable[..., Any], *arguments: Tensor) -> Callable[
     for node in graph.graph.nodes:
         node.meta.clear()  # shapes that the trace has found, which the compiler wants to find itself
     compiled = inductor_compile(graph, list(arguments), options={"fallback_random": True})
-    with generators_at(rng_state()), torch.no_grad():
+    with generators_at(), torch.no_grad():
         compiled(*arguments)
     return compiled
 
@@ -46,7 +46,7 @@ def functional_graph(function: Callable[..., Any], *arguments: Tensor) -> GraphM
     It is traced without numbers: a trace that computes keeps every tensor of a step, three times the step's own memory.
     """
     trace = partial(make_fx, tracing_mode="fake", _allow_non_fake_inputs=True)
-    with _tracing(), generators_at(rng_state()):
+    with _tracing(), generators_at():
         return trace(functionalize(trace(function)(*arguments)))(*arguments)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.adam import adam
 
-from mcobjectives.context import generators_at, rng_state
+from mcobjectives.context import generators_at
 from mcobjectives.objective import Objective
 from mcobjectives_examples.compiling import SECONDS_TO_COMPILE, compile_whole, compiler_failure
 from mcobjectives_examples.memory import keep_freed_memory, require_memory
@@ -183,7 +183,7 @@ class _GraphStep:
         moments = {name: value.clone() for name, value in optimiser.state[vector].items()}
         self.x, self.graph = x.clone(), torch.cuda.CUDAGraph()
         try:
-            with generators_at(rng_state()):
+            with generators_at():
                 self._capture(eager)
         finally:
             with torch.no_grad():
@@ -224,7 +224,7 @@ def choose_engine(wanted: str, objective: Objective, model: nn.Module, precision
     if x.device.type != "cpu":
         return Engine("eager", "compiled steps are not the default on this device")
     set_precision(precision)
-    with generators_at(rng_state()), products(precision):
+    with generators_at(), products(precision):
         step = fastest(lambda: objective(model, x).backward(), 3)
     model.zero_grad(set_to_none=True)
     saved = step * steps * _GAIN_OF_COMPILING

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from mcobjectives.context import generators_at, rng_state
+from mcobjectives.context import generators_at
 from mcobjectives.evaluation import evaluate
 from mcobjectives_examples.config import Config, training_objective
 from mcobjectives_examples.engine import Engine, fastest, flat_adam, make_step
@@ -24,7 +24,7 @@ def estimate_seconds(done: Mapping[Config, int], dataset: Dataset, device: torch
     steps: dict[tuple[int, int | None, str], float] = {}
     evaluations: dict[tuple[int, int | None], float] = {}
     total = 0.0
-    with generators_at(rng_state()):
+    with generators_at():
         for config, passes in done.items():
             preset, kind = config.preset, (config.layers, config.latent)
             key = *kind, config.objective

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.fx import Graph, GraphModule, Node
 
-from mcobjectives.context import generators_at, rng_state
+from mcobjectives.context import generators_at
 from mcobjectives_examples.compiling import compile_whole, functional_graph, is_random
 from mcobjectives_examples.config import Config
 from mcobjectives_examples.engine import (
@@ -165,7 +165,7 @@ def train_together(
     if not trainers:
         return
     already = stop()
-    with or_interrupted(stop), generators_at(rng_state()):
+    with or_interrupted(stop), generators_at():
         stack = Stack(trainers)
     if stop() and not already:
         raise Interrupted

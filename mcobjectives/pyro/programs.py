@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from mcobjectives.context import rng_state, set_rng_state
+from mcobjectives.context import generators_at
 from mcobjectives.model import ModelError
 from mcobjectives.sampling import parameterless
 
@@ -154,10 +155,8 @@ class Recorder(Messenger):
         )
 
     def _draw(self, name: str, fn: Any) -> Tensor:
-        state = rng_state() if self.preview else None
-        value = self._samples(name, fn)
-        if state is not None:
-            set_rng_state(state)
+        with generators_at() if self.preview else nullcontext():
+            value = self._samples(name, fn)
         if self.detach and not is_delta(fn):
             return value.detach()
         if torch.is_grad_enabled() and fn.has_rsample and not value.requires_grad and not is_delta(fn):

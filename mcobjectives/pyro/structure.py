@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 
-from mcobjectives.context import rng_state, set_rng_state
+from mcobjectives.context import generators_at
 from mcobjectives.model import ModelError
 from mcobjectives.pyro.programs import Program, Recorder, Site, check_declared, common_plates, is_factor
 from mcobjectives.sampling import caches, is_discrete, moving_support
@@ -33,19 +33,15 @@ def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[
     """Run both programs once, leaving the random number generator as it was."""
     if isinstance(poutine.unwrap(guide), Messenger):
         raise ModelError(f"{type(poutine.unwrap(guide)).__name__} runs inside the model: a guide must be a program")
-    state = rng_state()
-    try:
-        with poutine.block(), torch.enable_grad():  # which shows a support that moves with parameters
-            guide_run = Recorder(None, 0, {})
-            q = guide_run.run(guide, args, kwargs)
-            check_guide(q)
-            moving = _moving(q)
-            if moving:  # or was it with other sites' samples?
-                moving = _moving(Recorder(None, 0, guide_run.subsamples, detach=True).run(guide, args, kwargs))
-            given = {name: site.value for name, site in q.items()}
-            p = Recorder(None, 0, guide_run.subsamples, given=given, draw=False).run(model, args, kwargs)
-    finally:
-        set_rng_state(state)
+    with generators_at(), poutine.block(), torch.enable_grad():  # which shows a support that moves with parameters
+        guide_run = Recorder(None, 0, {})
+        q = guide_run.run(guide, args, kwargs)
+        check_guide(q)
+        moving = _moving(q)
+        if moving:  # or was it with other sites' samples?
+            moving = _moving(Recorder(None, 0, guide_run.subsamples, detach=True).run(guide, args, kwargs))
+        given = {name: site.value for name, site in q.items()}
+        p = Recorder(None, 0, guide_run.subsamples, given=given, draw=False).run(model, args, kwargs)
     check_matched(q, p)
     free = check_random(q)
     sites = [*q.values(), *p.values()]
