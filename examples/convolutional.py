@@ -28,7 +28,6 @@ from mcobjectives.likelihoods import discretised_logistic_log_likelihood
 from mcobjectives.objective import Objective
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples import checkpoints, files
-from mcobjectives_examples.cells import describe
 from mcobjectives_examples.datasets import load
 from mcobjectives_examples.downloads import DataError, MissingDataError, data_dir
 from mcobjectives_examples.engine import pick_device
@@ -107,7 +106,7 @@ def read(name: str, folder: Path | None, download: bool) -> Images:
         raise ValueError(f"unknown data set {name!r}: choose from {', '.join(LEVELS)}")
     if name in DATASETS:
         found = load(name, folder, download=download)
-        images = Images(found.train, found.test, (1, *found.shape), LEVELS[name], describe(found))
+        images = Images(found.train, found.test, (1, *found.shape), LEVELS[name], found.record())
     else:
         images = _cifar10(data_dir(folder), download)
     steps = images.test * (images.levels - 1)

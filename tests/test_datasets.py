@@ -434,9 +434,9 @@ def test_unknown_mode_is_refused():
 
 def test_the_test_set_is_the_same_images_in_every_run():
     data = load("digits")
-    images = test_set(data, "once")
+    images = test_set(data.test, "once")
     torch.manual_seed(99)
-    assert torch.equal(images, test_set(data, "epoch"))
+    assert torch.equal(images, test_set(data.test, "epoch"))
     assert images.dtype == torch.float32
     assert set(images.unique().tolist()) == {0.0, 1.0}
     assert abs(images.mean() - data.test.mean()) < 0.01
@@ -444,15 +444,15 @@ def test_the_test_set_is_the_same_images_in_every_run():
     digest = hashlib.sha256(np.packbits(images.numpy().astype(bool)).tobytes()).hexdigest()
     assert digest.startswith("65939cfc05f2781b")
     with pytest.raises(DataError, match="use 'once' or 'epoch'"):
-        test_set(data, "fixed")
+        test_set(data.test, "fixed")
 
 
 def test_the_test_set_of_binary_data_is_itself(tiny, tmp_path):
     put_bits(tmp_path, tiny("binarized_mnist"))
     data = load("binarized_mnist", tmp_path)
-    assert test_set(data, "fixed") is data.test
+    assert test_set(data.test, "fixed") is data.test
     with pytest.raises(DataError, match="use 'fixed'"):
-        test_set(data, "once")
+        test_set(data.test, "once")
 
 
 # Status

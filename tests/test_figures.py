@@ -120,7 +120,7 @@ def test_labels_are_read_from_beside_the_images(tmp_path):
 
 def test_figure_2_shows_the_encoders_means(contents, digits):
     _, models, content = contents[2]
-    x = test_set(digits, "once")
+    x = test_set(digits.test, "once")
     for model, part in zip(models, content.parts, strict=True):
         bottom = model.encoder[0]
         means = bottom.mean(bottom.body(x)).detach()
@@ -137,7 +137,7 @@ def test_figure_2_shows_the_encoders_means(contents, digits):
 @pytest.mark.parametrize("number", [3, 4])
 def test_the_reconstruction_error_is_the_cross_entropy(contents, digits, number):
     _, models, content = contents[number]
-    x = digits.test if number == 4 else test_set(digits, "once")
+    x = digits.test if number == 4 else test_set(digits.test, "once")
     assert np.array_equal(content.images, x.numpy()) and len(content.shown) == 10
     for label, model, part in zip(content.labels, models, content.parts, strict=True):
         bottom = model.encoder[0]

@@ -15,7 +15,7 @@ from toys import LinearGaussian, loss_gradient
 from mcobjectives import IWAE, PluginError, cli, estimator_names, get_estimator, get_objective, objective_names, plugins
 from mcobjectives.catalogue import catalogue
 from mcobjectives.specs import parse_objective
-from mcobjectives_examples.presets import capped
+from mcobjectives_examples.config import capped
 
 
 def forget():

@@ -11,8 +11,8 @@ import pytest
 from runs import TINY
 
 from mcobjectives.specs import parse_objective
-from mcobjectives_examples.config import Config, canonical, training_objective
-from mcobjectives_examples.presets import PRESETS, capped, configured, get_preset
+from mcobjectives_examples.config import Config, canonical, capped, training_objective
+from mcobjectives_examples.presets import PRESETS, configured, get_preset
 
 # Presets.
 
@@ -70,12 +70,8 @@ def test_bad_overrides_are_refused(text):
     ("spec", "k"), [("iwae(k=50)", 4), ("vae(k=2)", 2), ("power(k=50, p=3)", 4), ("miwae(k1=5, k2=10)", 4)]
 )
 def test_a_cap_on_k(spec, k):
-    assert engine_objective(capped(spec, 4)).k == k
+    assert training_objective(capped(spec, 4), TINY).k == k
     assert capped(spec, None) == spec
-
-
-def engine_objective(spec):
-    return training_objective(spec, TINY)
 
 
 def test_a_split_cannot_be_capped():

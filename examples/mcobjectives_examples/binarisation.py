@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 
 from mcobjectives_examples.downloads import DataError
-
-if TYPE_CHECKING:
-    from mcobjectives_examples.sources import Dataset
 
 MODES = ("fixed", "once", "epoch")
 TEST_SEED = 150900519
@@ -37,17 +32,17 @@ def binarise(pixels: torch.Tensor, mode: str, generator: torch.Generator | None 
     return torch.bernoulli(pixels, generator=generator)
 
 
-def test_set(dataset: Dataset, mode: str) -> torch.Tensor:
+def test_set(pixels: torch.Tensor, mode: str) -> torch.Tensor:
     """The binary test images `(n, pixels)`, the same in every run whatever its training seed.
 
     Grey data is binarised once with the fixed `TEST_SEED`, under `once` and `epoch` alike.
     """
-    _check_mode(dataset.test, mode)
+    _check_mode(pixels, mode)
     if mode == "fixed":
-        return dataset.test
+        return pixels
     # NumPy keeps RandomState's stream from release to release; torch promises no such thing for its generators.
-    uniform = np.random.RandomState(TEST_SEED).random_sample(tuple(dataset.test.shape))
-    return torch.from_numpy((uniform < dataset.test.numpy()).astype(np.float32))
+    uniform = np.random.RandomState(TEST_SEED).random_sample(tuple(pixels.shape))
+    return torch.from_numpy((uniform < pixels.numpy()).astype(np.float32))
 
 
 test_set.__test__ = False  # type: ignore[attr-defined]  # the name is not pytest's

@@ -161,7 +161,7 @@ def run_cell(
         "config": trainer.record,
         "metrics": metrics,
         "learning_curve": trainer.history,
-        "data": describe(dataset),
+        "data": dataset.record(),
         "engine": trainer.engine.name if trainer.engine else "",
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "seconds": {"train": round(trainer.seconds, 2), "evaluate": round(time.monotonic() - began, 2)},
@@ -169,15 +169,3 @@ def run_cell(
     }
     write_json(result_path(place.out, config), result)
     return result
-
-
-def describe(dataset: Dataset) -> dict[str, Any]:
-    """What was read: files with checksums, and whether an official checksum vouches for them."""
-    return {
-        "name": dataset.name,
-        "source": dataset.source,
-        "sha256": dataset.checksum,
-        "files": [{"path": f.path, "sha256": f.sha256, "verified": f.verified} for f in dataset.files],
-        "train": len(dataset.train),
-        "test": len(dataset.test),
-    }

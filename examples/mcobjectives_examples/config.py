@@ -117,3 +117,18 @@ def canonical(spec: str) -> str:
     name = format_objective(objective).partition("(")[0]
     spec = name + repr(objective).removeprefix(type(objective).__name__)
     return re.sub(r"(=-?\d+)\.0(?=[,)])", r"\1", spec)
+
+
+def capped(spec: str, cap: int | None) -> str:
+    """The objective's spec with at most `cap` samples (MIWAE keeps k1, in fewer groups, where it can)."""
+    objective = parse_objective(spec)
+    if cap is None or objective.k <= cap:
+        return spec
+    if isinstance(objective, Split):
+        raise ValueError(f"k={cap} cannot cap {spec!r}: give its parts fewer samples")
+    if isinstance(objective, MIWAE):
+        k1 = min(objective.k1, cap)
+        return format_objective(replace(objective, k1=k1, k2=max(1, cap // k1)))
+    if "k" not in {f.name for f in fields(objective)}:
+        raise ValueError(f"k={cap} cannot cap {spec!r}, which has no option k: give it fewer samples")
+    return format_objective(replace(objective, k=cap))  # type: ignore[call-arg]

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mcobjectives_examples import files
-from mcobjectives_examples.cells import describe
 from mcobjectives_examples.config import Config
 from mcobjectives_examples.figures import Content, LatentSpace, Reconstruction
 from mcobjectives_examples.results import FORMATS, record_path
@@ -51,7 +50,7 @@ def save(
         "alt": content.alt,
         "numbers": content.numbers(),
         "models": [config.to_dict(dataset.checksum) for config in configs],
-        "data": describe(dataset),
+        "data": dataset.record(),
         "provenance": surroundings,
     }
     files.write_atomically(path, lambda file: file.write(image.getvalue()))

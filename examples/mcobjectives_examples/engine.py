@@ -18,11 +18,7 @@ from mcobjectives_examples.compiling import SECONDS_TO_COMPILE, compile_whole, c
 from mcobjectives_examples.memory import keep_freed_memory, require_memory
 from mcobjectives_examples.precision import products, set_precision
 
-ENGINES = {
-    "eager": "operation by operation",
-    "compiled": "forward and backward pass as one compiled function",
-    "cuda-graph": "forward, backward and optimiser as one CUDA graph",
-}
+ENGINES = ("eager", "compiled", "cuda-graph")
 
 Step = Callable[[Tensor], Tensor]
 """x -> the loss before the step, detached."""

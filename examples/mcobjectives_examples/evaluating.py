@@ -30,7 +30,7 @@ OnProgress = Callable[[str, float, float], None]
 
 def test_images(dataset: Dataset, config: Config) -> Tensor:
     """The binary test images that a configuration is evaluated on, `(n, pixels)`."""
-    images = test_set(dataset, config.binarisation)
+    images = test_set(dataset.test, config.binarisation)
     n = config.preset.test_images
     return images if n is None or n >= len(images) else images[random_rows(len(images), n)]
 

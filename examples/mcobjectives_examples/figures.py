@@ -15,12 +15,12 @@ from mcobjectives.evaluation import posterior_means
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples.binarisation import test_set
 from mcobjectives_examples.cells import Place, passes, trainer_of
-from mcobjectives_examples.config import Config, canonical
+from mcobjectives_examples.config import Config, canonical, capped
 from mcobjectives_examples.evaluating import OnProgress, reconstructions
 from mcobjectives_examples.labels import class_names, test_labels
 from mcobjectives_examples.models import PaperModel
 from mcobjectives_examples.precision import set_precision
-from mcobjectives_examples.presets import Preset, capped
+from mcobjectives_examples.presets import Preset
 from mcobjectives_examples.render import counted
 from mcobjectives_examples.sources import Dataset
 
@@ -192,7 +192,7 @@ def content(
     device = next(models[0].parameters()).device
     labels = tuple(map(model_label, configs))
     # Fashion-MNIST is hard to recognise when binarised: as in the paper, figure 4 shows grey pixels.
-    images = dataset.test if number == 4 else test_set(dataset, config.binarisation)
+    images = dataset.test if number == 4 else test_set(dataset.test, config.binarisation)
     n = len(images)
     shown: tuple[int, ...] = ()
     classes: tuple[str, ...] = ()

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
-from mcobjectives import MIWAE, Split
-from mcobjectives.specs import format_objective, parse_objective
 from mcobjectives_examples.datasets import default_binarisation
 from mcobjectives_examples.precision import require_precision
-
-PRESETS: dict[str, Preset] = {}
 
 
 @dataclass(frozen=True)
@@ -84,33 +80,35 @@ def _stages(first_rate: float) -> tuple[tuple[int, float], ...]:
     return tuple((3**i, first_rate * 10 ** (-i / 7)) for i in range(8))
 
 
-for _preset in (
-    Preset("paper", "the paper's: 3280 passes in eight stages; days on a CPU", _stages(1e-4)),
-    Preset(
-        "bgs16",
-        "the original's where it differs: batches of 20, rates from 1e-3, re-binarised every pass",
-        _stages(1e-3),
-        batch_size=20,
-        binarisation="epoch",
-    ),
-    Preset(
-        "short",
-        "one learning-rate cycle of few passes, few samples back-propagated, products in bfloat16",
-        ((140, 2e-3),),
-        one_cycle=True,
-        backward_samples=10,
-        precision="bf16",
-    ),
-    Preset(
-        "smoke",
-        "seconds a cell: shows that everything works, not what is true",
-        ((12, 2e-3),),
-        one_cycle=True,
-        nll_k=1000,
-        test_images=500,
-    ),
-):
-    PRESETS[_preset.name] = _preset
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset("paper", "the paper's: 3280 passes in eight stages; days on a CPU", _stages(1e-4)),
+        Preset(
+            "bgs16",
+            "the original's where it differs: batches of 20, rates from 1e-3, re-binarised every pass",
+            _stages(1e-3),
+            batch_size=20,
+            binarisation="epoch",
+        ),
+        Preset(
+            "short",
+            "one learning-rate cycle of few passes, few samples back-propagated, products in bfloat16",
+            ((140, 2e-3),),
+            one_cycle=True,
+            backward_samples=10,
+            precision="bf16",
+        ),
+        Preset(
+            "smoke",
+            "seconds a cell: shows that everything works, not what is true",
+            ((12, 2e-3),),
+            one_cycle=True,
+            nll_k=1000,
+            test_images=500,
+        ),
+    )
+}
 
 
 _CHANGEABLE = ("passes", "batch_size", "nll_k", "test_images", "backward_samples")
@@ -132,21 +130,6 @@ def configured(name: str, overrides: Sequence[str], precision: str | None = None
             preset = preset.with_passes(int(value)) if key == "passes" else replace(preset, **{key: int(value)})  # type: ignore[arg-type]
     require_precision(precision or preset.precision)
     return replace(preset, precision=precision or preset.precision), cap
-
-
-def capped(spec: str, cap: int | None) -> str:
-    """The objective's spec with at most `cap` samples (MIWAE keeps k1, in fewer groups, where it can)."""
-    objective = parse_objective(spec)
-    if cap is None or objective.k <= cap:
-        return spec
-    if isinstance(objective, Split):
-        raise ValueError(f"k={cap} cannot cap {spec!r}: give its parts fewer samples")
-    if isinstance(objective, MIWAE):
-        k1 = min(objective.k1, cap)
-        return format_objective(replace(objective, k1=k1, k2=max(1, cap // k1)))
-    if "k" not in {f.name for f in fields(objective)}:
-        raise ValueError(f"k={cap} cannot cap {spec!r}, which has no option k: give it fewer samples")
-    return format_objective(replace(objective, k=cap))  # type: ignore[call-arg]
 
 
 def get_preset(name: str) -> Preset:

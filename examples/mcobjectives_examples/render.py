@@ -10,6 +10,7 @@ from mcobjectives.specs import parse_objective
 from mcobjectives_examples import blocks
 from mcobjectives_examples.datasets import default_binarisation, vouched
 from mcobjectives_examples.paper import table
+from mcobjectives_examples.presets import get_preset
 from mcobjectives_examples.sources import DATASETS
 from mcobjectives_examples.tables import Row
 from mcobjectives_examples.verdicts import LEAST_SEEDS, NOISE, Finding
@@ -127,7 +128,7 @@ def caption(table_rows: Sequence[Row], *, beside: bool = True) -> str:
     least = min((d["test"] for d in checksums.values()), default=math.inf)
     few = preset.test_images is not None and preset.test_images < least
     images = f"{preset.test_images} random test images" if few else "all test images"
-    passes, theirs = counted(preset.passes, "pass"), "3280"
+    passes, theirs = counted(preset.passes, "pass"), str(get_preset("paper").passes)
     if table_rows[0].first_stages:
         passes = f"{table_rows[0].first_stages[0].preset.passes} and {passes}"
         theirs += f" and {table(10)['second_stage']['passes']}"

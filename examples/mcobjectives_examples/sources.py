@@ -9,8 +9,9 @@ import hashlib
 import io
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,6 +68,17 @@ class Dataset:
     def checksum(self) -> str:
         """One sha256 over the files' digests, to be recorded in results."""
         return hashlib.sha256("\n".join(file.sha256 for file in self.files).encode()).hexdigest()
+
+    def record(self) -> dict[str, Any]:
+        """What was read: files with checksums, and whether an official checksum vouches for them."""
+        return {
+            "name": self.name,
+            "source": self.source,
+            "sha256": self.checksum,
+            "files": [asdict(file) for file in self.files],
+            "train": len(self.train),
+            "test": len(self.test),
+        }
 
 
 @dataclass(frozen=True)

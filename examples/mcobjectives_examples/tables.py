@@ -12,10 +12,10 @@ from typing import Any
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples.binarisation import require_mode
 from mcobjectives_examples.cells import recorded
-from mcobjectives_examples.config import Config, canonical
+from mcobjectives_examples.config import Config, canonical, capped
 from mcobjectives_examples.datasets import default_binarisation
 from mcobjectives_examples.paper import table
-from mcobjectives_examples.presets import Preset, capped
+from mcobjectives_examples.presets import Preset
 
 
 @dataclass(frozen=True)

@@ -110,10 +110,10 @@ def train(
     from mcobjectives.cli.models import print_metrics
     from mcobjectives.cli.running import run_all
     from mcobjectives_examples.cells import Place
-    from mcobjectives_examples.config import Config, canonical
+    from mcobjectives_examples.config import Config, canonical, capped
     from mcobjectives_examples.datasets import load
     from mcobjectives_examples.engine import pick_device, require_engine
-    from mcobjectives_examples.presets import capped, configured
+    from mcobjectives_examples.presets import configured
 
     chosen, cap = configured(preset, overrides or [], precision)
     spec = canonical(capped(objective, cap))
