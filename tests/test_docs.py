@@ -247,11 +247,11 @@ def test_commands_parse(command, tmp_path):
 
 
 def generated() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
+    spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks" / "generated.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(DOCS))  # as mkdocs does for a hook
+        patch.syspath_prepend(str(DOCS / "hooks"))  # as mkdocs does for a hook
         spec.loader.exec_module(module)
     return module
 

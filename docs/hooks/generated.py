@@ -12,29 +12,40 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import measurements
+import typer
 from measurements import provenance
 
-from mcobjectives_examples import blocks
+from mcobjectives import get_objective
+from mcobjectives.catalogue import catalogue
+from mcobjectives.cli import app
+from mcobjectives.plugins import ESTIMATORS
+from mcobjectives.testing.estimators import own_names
+from mcobjectives_examples import blocks, records, render
+from mcobjectives_examples.checkpoints import CheckpointError
+from mcobjectives_examples.config import Config
+from mcobjectives_examples.findings import findings
+from mcobjectives_examples.paper import paper, table
+from mcobjectives_examples.presets import PRESETS
 from mcobjectives_examples.render import NOT_RUN
+from mcobjectives_examples.report import not_drawn, pictures
+from mcobjectives_examples.sources import DATASETS
 
 log = logging.getLogger("mkdocs.hooks.generated")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 MARKER = re.compile(r"<!-- generated: (\w+) -->")
-NEAR = {
-    "short": 1.5,
-    "paper": 0.5,
-}  # nats: how near to the paper a preset is meant to come
+NEAR = {"short": 1.5, "paper": 0.5}  # nats: how near to the paper a preset is meant to come
 
 
 def on_files(files: Any, *, config: Any) -> Any:
     """The figures of the paper that are recorded, as files of the site."""
-    from mkdocs.structure.files import File
+    from mkdocs.structure.files import File  # pages are filled without mkdocs too
 
     for path, picture in _drawn():
         files.append(File.generated(config, picture.file, abs_src_path=str(path)))
@@ -55,20 +66,12 @@ def fill(markdown: str) -> str:
 
 def tables() -> str:
     """All tables, for each preset of which anything is recorded; where nothing is, the command that would run it."""
-    from mcobjectives_examples.paper import paper
-
     return "\n\n".join(_table(number) for number in paper()["tables"])
 
 
 def _table(number: str) -> str:
-    from mcobjectives_examples import render
-    from mcobjectives_examples.findings import findings
-    from mcobjectives_examples.paper import table
-
     parts = [f"## Table {number}: {table(number)['title']}"]
-    found = [
-        rows for folder in _folders() for rows in _recorded_rows(number, folder)
-    ]
+    found = [rows for folder in _folders() for rows in _recorded_rows(number, folder)]
     for rows in found:
         title = render.title(number, rows)
         parts.append(render.markdown(title, rows, findings(rows)))
@@ -82,18 +85,11 @@ def _table(number: str) -> str:
 
 def agreement() -> str:
     """For each recorded table: how far our NLL is from the paper's, and how many of the paper's claims hold."""
-    from mcobjectives_examples.findings import findings
-    from mcobjectives_examples.paper import paper
-
     lines = []
     for number in paper()["tables"]:
-        for rows in (
-            r for folder in _folders() for r in _recorded_rows(number, folder)
-        ):
+        for rows in (r for folder in _folders() for r in _recorded_rows(number, folder)):
             found = [
-                (row.mean("nll") - row.paper["nll"], row)
-                for row in rows
-                if row.on_papers_data and row.values("nll")
+                (row.mean("nll") - row.paper["nll"], row) for row in rows if row.on_papers_data and row.values("nll")
             ]
             if not found:
                 continue
@@ -127,17 +123,11 @@ def agreement() -> str:
 
 
 def _anchor(number: str) -> str:
-    from mcobjectives_examples.paper import table
-
     return re.sub(r"[^a-z0-9_]+", "-", table(number)["title"].lower()).strip("-")
 
 
 def _folders() -> list[Path]:
-    return [
-        folder
-        for name in ("short", "bgs16", "paper")
-        if (folder := RESULTS / name).is_dir()
-    ]
+    return [folder for name in ("short", "bgs16", "paper") if (folder := RESULTS / name).is_dir()]
 
 
 def _recorded_rows(number: str, folder: Path) -> list[list[Any]]:
@@ -153,13 +143,8 @@ def _held(folder: Path) -> tuple[dict[Any, Any], list[Any]]:
 
 
 @cache
-def _read(
-    folder: Path, *files: tuple[str, int]
-) -> tuple[dict[Any, Any], list[Any]]:
+def _read(folder: Path, *files: tuple[str, int]) -> tuple[dict[Any, Any], list[Any]]:
     """The same, read once while these are its files."""
-    from mcobjectives_examples import records
-    from mcobjectives_examples.checkpoints import CheckpointError
-
     try:
         found = records.read(folder)
         return found, records.table_runs(found)
@@ -168,14 +153,12 @@ def _read(
         return {}, []
 
 
-AFTER = (13, 40, 121, 364, 1093, 3280)
+AFTER = tuple(accumulate(passes for passes, _ in PRESETS["paper"].stages))[2:]
 """Passes at the ends of the paper's stages."""
 
 
 def schedules() -> str:
     """The one-layer VAE of one sample by each recorded protocol: its training bound on the way, and its NLL."""
-    from mcobjectives_examples.config import Config
-
     lines, results = [], []
     for folder in (*_folders(), RESULTS / "schedule"):
         for config, result in _held(folder)[0].items():
@@ -184,14 +167,8 @@ def schedules() -> str:
                 continue
             preset, curve = config.preset, result["learning_curve"]
             rates = " to ".join(f"{preset.stages[i][1]:.2g}" for i in (0, -1))
-            how = (
-                f"one cycle, peak {preset.stages[0][1]:g}"
-                if preset.one_cycle
-                else rates
-            )
-            bounds = (
-                f"{curve[n - 1]:.1f}" if n <= len(curve) else "" for n in AFTER
-            )
+            how = f"one cycle, peak {preset.stages[0][1]:g}" if preset.one_cycle else rates
+            bounds = (f"{curve[n - 1]:.1f}" if n <= len(curve) else "" for n in AFTER)
             lines.append(
                 (
                     how,
@@ -204,17 +181,11 @@ def schedules() -> str:
             results.append(result)
     if not lines:
         return _not_run('mcobj train --objective "vae(k=1)" --preset paper')
-    header = (
-        "learning rates",
-        "passes",
-        *(f"after {n}" for n in AFTER),
-        "NLL",
-        "KL",
-    )
+    header = ("learning rates", "passes", *(f"after {n}" for n in AFTER), "NLL", "KL")
     return "\n\n".join(
         (
             blocks.markdown_table(header, lines, right=range(1, len(header))),
-            "Mean bound over the training images during a pass, batches of 100, and the NLL and KL(q ‖ posterior) at the end.",
+            "Mean bound over the training images during a pass, batches of 100; NLL and KL(q ‖ posterior) at the end.",
             provenance(results),
         )
     )
@@ -225,8 +196,6 @@ def schedules() -> str:
 
 def figures() -> str:
     """The figures that were drawn of recorded models; where there is none, the command that draws it."""
-    from mcobjectives_examples.report import not_drawn
-
     drawn = [picture for _, picture in _drawn()]
     parts = [blocks.markdown(drawn)] if drawn else []
     for number, figure in not_drawn(drawn).items():
@@ -238,13 +207,8 @@ def figures() -> str:
 
 def _drawn() -> list[tuple[Path, Any]]:
     """The recorded figures: where each image is, and the picture with its address in the site."""
-    from mcobjectives_examples.report import pictures
-
     return [
-        (
-            folder / picture.file,
-            replace(picture, file=f"assets/{folder.name}/{picture.file}"),
-        )
+        (folder / picture.file, replace(picture, file=f"assets/{folder.name}/{picture.file}"))
         for folder in _folders()
         for picture in pictures(folder)
     ]
@@ -258,44 +222,32 @@ def evidence() -> str:
     for folder in _folders():
         if known := _one_layer_rows(folder, ("1", "5", "6", "7"), papers_data=True):
             return _comparison(known)
-    return _not_run(
-        "mcobj reproduce --table 1 --preset short --layers 1",
-        ", and tables 5 to 7, ",
-    )
+    return _not_run("mcobj reproduce --table 1 --preset short --layers 1", ", and tables 5 to 7, ")
 
 
 def evidence_digits() -> str:
     """Every objective of the paper's tables on the one-layer model and the small digits data set, several seeds."""
-    known = _one_layer_rows(
-        RESULTS / "digits", ("1", "5", "6", "7", "8", "9"), papers_data=False
-    )
+    known = _one_layer_rows(RESULTS / "digits", ("1", "5", "6", "7", "8", "9"), papers_data=False)
     if known:
         return _comparison(known)
     return _not_run(
-        "mcobj reproduce --table 1 --dataset digits --preset short --seeds 3 --layers 1",
-        ", and tables 5 to 9, ",
+        "mcobj reproduce --table 1 --dataset digits --preset short --seeds 3 --layers 1", ", and tables 5 to 9, "
     )
 
 
-def _one_layer_rows(
-    folder: Path, numbers: Iterable[str], *, papers_data: bool
-) -> list[Any]:
+def _one_layer_rows(folder: Path, numbers: Iterable[str], *, papers_data: bool) -> list[Any]:
     """The rows of some tables of which a folder holds an NLL, an objective once."""
     known: dict[str, Any] = {}
     for number in numbers:
         for row in (r for rows in _recorded_rows(number, folder) for r in rows):
             papers = row.layers == 1 and row.on_papers_data == papers_data
-            if papers and row.values(
-                "nll"
-            ):  # one that is not finite is in the tables
+            if papers and row.values("nll"):  # one that is not finite is in the tables
                 known.setdefault(row.configs[0].objective, row)
     return list(known.values())
 
 
 def _comparison(rows: Sequence[Any]) -> str:
     """NLL, KL, active units, ESS and k-hat of objectives of one model on one data set, the best NLL first."""
-    from mcobjectives_examples.render import caption
-
     header = (
         "objective",
         "NLL",
@@ -324,7 +276,8 @@ def _comparison(rows: Sequence[Any]) -> str:
     return "\n\n".join(
         (
             blocks.markdown_table(header, lines, right=range(1, 7)),
-            f"One stochastic layer; {caption(rows, beside=False)}. ± is the standard error over the images. Objectives that are missing are not run, or their NLL is not finite.",
+            f"One stochastic layer; {render.caption(rows, beside=False)}. ± is the standard error over the images. "
+            "Objectives that are missing are not run, or their NLL is not finite.",
             provenance(result for row in rows for result in row.results),
         )
     )
@@ -340,32 +293,18 @@ def _shown(form: str, value: float | None) -> str:
 
 def objectives() -> str:
     """This library's own objectives: parameters, and which estimators they allow."""
-    from mcobjectives import get_objective
-    from mcobjectives.catalogue import catalogue
-    from mcobjectives.plugins import ESTIMATORS
-    from mcobjectives.testing.estimators import own_names
-
-    header = (
-        "name",
-        "parameters",
-        *(f"`{name}`" for name in own_names(ESTIMATORS)),
-    )
+    header = ("name", "parameters", *(f"`{name}`" for name in own_names(ESTIMATORS)))
     lines = []
     for entry in catalogue():
         if entry.package == "mcobjectives":
             label = f"[`{entry.name}`](api/index.md#mcobjectives.{get_objective(entry.name).__name__})"
-            allowed = (
-                "yes" if name in entry.estimators else "refused"
-                for name in own_names(ESTIMATORS)
-            )
+            allowed = ("yes" if name in entry.estimators else "refused" for name in own_names(ESTIMATORS))
             lines.append((label, f"`{entry.parameters}`", *allowed))
     return blocks.markdown_table(header, lines)
 
 
 def presets() -> str:
     """The training protocols."""
-    from mcobjectives_examples.presets import PRESETS
-
     lines = [
         (
             f"`{p.name}`",
@@ -377,23 +316,11 @@ def presets() -> str:
         )
         for p in PRESETS.values()
     ]
-    return blocks.markdown_table(
-        (
-            "preset",
-            "what it is",
-            "passes",
-            "batch",
-            "samples back-propagated",
-            "NLL",
-        ),
-        lines,
-    )
+    return blocks.markdown_table(("preset", "what it is", "passes", "batch", "samples back-propagated", "NLL"), lines)
 
 
 def datasets() -> str:
     """The data sets that the tables are made of."""
-    from mcobjectives_examples.sources import DATASETS
-
     lines = []
     for s in DATASETS.values():
         where = (
@@ -403,18 +330,8 @@ def datasets() -> str:
             if s.torchvision
             else "comes with scikit-learn"
         )
-        lines.append(
-            (
-                f"`{s.name}`",
-                s.about,
-                f"{s.sizes[0]:,} / {s.sizes[1]:,}",
-                "yes" if s.binary else "no",
-                where,
-            )
-        )
-    return blocks.markdown_table(
-        ("name", "what it is", "train / test", "binary", "from"), lines
-    )
+        lines.append((f"`{s.name}`", s.about, f"{s.sizes[0]:,} / {s.sizes[1]:,}", "yes" if s.binary else "no", where))
+    return blocks.markdown_table(("name", "what it is", "train / test", "binary", "from"), lines)
 
 
 # The command line.
@@ -422,10 +339,6 @@ def datasets() -> str:
 
 def cli() -> str:
     """Every command of `mcobj` with its options, from the program itself."""
-    import typer
-
-    from mcobjectives.cli import app
-
     group: Any = typer.main.get_command(app)
     parts = []
     for name, command in group.commands.items():
@@ -444,18 +357,10 @@ def cli() -> str:
 def _option(parameter: Any) -> tuple[str, str, str]:
     names = [*parameter.opts, *parameter.secondary_opts]
     if parameter.param_type_name == "argument":
-        return (
-            f"`{parameter.name.upper()}`",
-            "required" if parameter.required else "",
-            parameter.help or "",
-        )
+        return (f"`{parameter.name.upper()}`", "required" if parameter.required else "", parameter.help or "")
     if parameter.required:
         default = "required"
-    elif (
-        parameter.default is None
-        or parameter.default is False
-        or parameter.default == []
-    ):
+    elif parameter.default is None or parameter.default is False or parameter.default == []:
         default = ""
     else:
         default = f"`{'--' + parameter.name if parameter.default is True else parameter.default}`"
@@ -475,9 +380,7 @@ def goals() -> str:
     return measurements.goals(_record)
 
 
-def _measurement(
-    benchmark: str, show: Callable[[dict[str, Any]], str]
-) -> Callable[[], str]:
+def _measurement(benchmark: str, show: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
     """What a benchmark recorded; the command where there is no record."""
 
     def shown() -> str:
@@ -517,7 +420,4 @@ GENERATORS: dict[str, Callable[[], str]] = {
         goals,
         changelog,
     )
-} | {
-    name: _measurement(name, show)
-    for name, show in measurements.MEASUREMENTS.items()
-}
+} | {name: _measurement(name, show) for name, show in measurements.MEASUREMENTS.items()}

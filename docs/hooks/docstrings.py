@@ -11,6 +11,4 @@ import griffe
 class Examples(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = re.sub(
-                r"(?m)^Example:$", "Examples:", obj.docstring.value
-            )
+            obj.docstring.value = re.sub(r"(?m)^Example:$", "Examples:", obj.docstring.value)
