@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from pathlib import Path
 
 import torch
 from parts import DECODER, products
+from timing import in_turns
 
 from mcobjectives.evaluation import evaluate
 from mcobjectives_examples.compiling import CompiledLikelihood
@@ -44,13 +44,7 @@ def main() -> None:
         "compiled": lambda: evaluate(compiled, x, k=args.k),
     }
     evaluate(compiled, x, k=100)
-    seconds: dict[str, list[float]] = {name: [] for name in parts}
-    for _ in range(args.rounds):
-        for name, run in parts.items():
-            began = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    medians = {name: statistics.median(ms) / 1e3 for name, ms in in_turns(parts, args.rounds, warm_up=0).items()}
     rows = [
         {"name": name, "seconds": round(s, 3), "over_products": round(s / medians["products"], 3)}
         for name, s in medians.items()

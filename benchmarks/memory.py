@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
+
+from peers._protocol import peak_mb
 
 from mcobjectives_examples.files import write_json
 
@@ -32,19 +33,15 @@ def step(gradient: str, k: int, chunk_size: int | None, device: str) -> dict[str
     x = (torch.rand(100, 784, device=device) < 0.3).float()
     optimiser = torch.optim.Adam(model.parameters(), fused=True)
     objective = IWAE(k=k, gradient=gradient, chunk_size=chunk_size)
-    base = _peak_rss_mb()
+    base = peak_mb()
     for _ in range(2):
         objective(model, x).backward()
         optimiser.step()
         optimiser.zero_grad()
-    peak = {"peak_rss_mb": _peak_rss_mb(), "of_steps_mb": _peak_rss_mb() - base}
+    peak = {"peak_rss_mb": peak_mb(), "of_steps_mb": peak_mb() - base}
     if device == "cuda":
         peak["peak_cuda_mb"] = torch.cuda.max_memory_allocated() / 2**20
     return peak
-
-
-def _peak_rss_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:

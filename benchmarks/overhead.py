@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import in_turns
 from torch import Tensor
 
 from mcobjectives import IWAE
@@ -51,13 +52,7 @@ def measure(k: int, steps: int) -> dict[str, Any]:
     objective = IWAE(k=k)
     contestants = {"objective": trained(objective), "by_hand": trained(lambda model, x: by_hand(model, x, k))}
     x = (torch.rand(100, 784) < 0.3).float()
-    ms: dict[str, list[float]] = {name: [] for name in contestants}
-    for i in range(steps + 5):
-        for name, step in contestants.items():
-            began = time.perf_counter()
-            step(x)
-            if i >= 5:
-                ms[name].append(1e3 * (time.perf_counter() - began))
+    ms = in_turns({name: partial(step, x) for name, step in contestants.items()}, steps)
     medians = {f"{name}_ms": round(statistics.median(times), 4) for name, times in ms.items()}
     ratio = medians["objective_ms"] / medians["by_hand_ms"]
     # Of the steps that nothing disturbed: on a busy machine the medians tell of its other users.

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from speed import CONTESTANTS, PEERS_PYTHON, Worker, interpreters
+from speed import PEERS_PYTHON, Contestant, Worker, choose, installed, interpreters
 from torch import Tensor
 
 from mcobjectives import IWAE
@@ -33,7 +33,8 @@ from mcobjectives_examples.provenance import provenance
 BATCH, PIXELS, LATENT = 100, 784, 50
 ENCODER = ((PIXELS, 200), (200, 200), (200, LATENT), (200, LATENT))
 DECODER = ((LATENT, 200), (200, 200), (200, PIXELS))
-WAYS = ((1, None, "highest"), (5, None, "highest"), (50, None, "highest"), (50, 5, "mixed"))
+Way = tuple[int, int | None, str]  # k, of which back-propagated, precision
+WAYS: tuple[Way, ...] = ((1, None, "highest"), (5, None, "highest"), (50, None, "highest"), (50, 5, "mixed"))
 
 Part = Callable[[], object]
 
@@ -120,19 +121,19 @@ def parts_of(k: int, m: int | None, precision: str) -> dict[str, Part]:
     }
 
 
-def peers(names: str, k: int, python: str, threads: int) -> list[Worker]:
+def peers(wanted: list[Contestant], k: int, python: str, threads: int) -> list[Worker]:
     """Processes of the peers that are installed, ready to take steps."""
-    wanted = [c for c in CONTESTANTS if c.name in names.split(",")]
     pythons = interpreters(python, wanted)
-    workers = [Worker(c, pythons[c.module], 1, k, BATCH, threads) for c in wanted if c.module in pythons]
+    workers = [Worker(c, pythons[c.module], 1, k, BATCH, threads) for c in installed(wanted, pythons)]
     for worker in workers:
         worker.start()
     return workers
 
 
-def measure(k: int, m: int | None, precision: str, args: argparse.Namespace) -> dict[str, Any]:
-    todo = {"whole step": whole(k, m, precision)} | parts_of(k, m, precision)
-    workers = peers(args.peers, k, args.peers_python, torch.get_num_threads())
+def measure(way: Way, wanted: list[Contestant], args: argparse.Namespace) -> dict[str, Any]:
+    k, m, precision = way
+    todo = {"whole step": whole(*way)} | parts_of(*way)
+    workers = peers(wanted, k, args.peers_python, torch.get_num_threads())
     ms: dict[str, list[float]] = {name: [] for name in todo}
     calls = max(3, min(30, 300 // k))
     try:
@@ -189,10 +190,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    wanted = choose("peer", args.peers)
     rows, source = [], provenance()
     for way in WAYS:
         with torch.no_grad():
-            rows.append(measure(*way, args))
+            rows.append(measure(way, wanted, args))
         Console().print(table(rows[-1]))
         if args.out:
             record = {"rounds": args.rounds, "rows": rows, "provenance": source}

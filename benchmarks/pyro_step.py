@@ -8,8 +8,8 @@ particles vectorised and Pyro's validation off. The losses of a first step with 
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO
+from timing import in_turns
 from torch import Tensor, nn
 
 from mcobjectives import IWAE
@@ -85,14 +86,7 @@ def measure(k: int, batch: int, steps: int) -> dict:
         svi.evaluate_loss(x)  # lazy initialisation
         torch.manual_seed(1)
         first[name] = svi.evaluate_loss(x) / batch
-        for _ in range(5):
-            svi.step(x)
-    times: dict[str, list[float]] = {name: [] for name in running}
-    for i in range(steps):
-        for name in list(running) if i % 2 else list(running)[::-1]:
-            start = time.perf_counter()
-            running[name].step(x)
-            times[name].append(1e3 * (time.perf_counter() - start))
+    times = in_turns({name: partial(svi.step, x) for name, svi in running.items()}, steps)
     base = times["RenyiELBO(alpha=0)"]
     return {
         name: {
@@ -123,7 +117,6 @@ def main() -> None:
             ms, ratio, loss = row["median_ms"], row["ratio_to_renyi"], row["first_loss"]
             print(f"k = {k:3d}  {name:26s} {ms:8.2f} ms  {ratio:5.2f} of RenyiELBO's  first loss {loss:.3f}")
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         record = {"what": "ms a training step, 1L model, SVI", "batch": options.batch, "steps": options.steps}
         write_json(options.out, {**record, "k": results, "provenance": source})
 

@@ -172,7 +172,6 @@ def main() -> None:
     else:
         record = measure(arguments.k, arguments.draws, arguments.seed)
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(arguments.out, record)
     if arguments.plot:
         plot(record, arguments.plot)

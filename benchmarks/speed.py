@@ -156,6 +156,18 @@ def interpreters(peers_python: str, wanted: list[Contestant]) -> dict[str, str]:
     return found
 
 
+def installed(wanted: list[Contestant], pythons: dict[str, str]) -> list[Contestant]:
+    """Those that can run; the others are named, and what would install them."""
+    for c in wanted:
+        if c.module not in pythons:
+            messages.print(f"left out: {c.name} {_not_installed(c)}", markup=False, soft_wrap=True)
+    return [c for c in wanted if c.module in pythons]
+
+
+def _not_installed(c: Contestant) -> str:
+    return f"not installed: {INSTALL if c.kind == 'peer' else 'pip install -e .'}"
+
+
 def measure(layers: int, k: int, wanted: list[Contestant], pythons: dict[str, str], args) -> tuple[list[dict], dict]:
     """Rows of one (layers, k), and why each contestant that gave none did not."""
     steps = args.steps or max(3, min(30, 1000 // k))
@@ -186,7 +198,7 @@ def measure(layers: int, k: int, wanted: list[Contestant], pythons: dict[str, st
             if layers not in c.layers:
                 failed[c.name] = f"has no {layers}L model"
             elif c.module not in pythons:
-                failed[c.name] = f"not installed: {INSTALL if c.kind == 'peer' else 'pip install -e .'}"
+                failed[c.name] = _not_installed(c)
             else:
                 able.append(c)
         with ThreadPoolExecutor(args.threads) as pool:  # imports and compilation are not timed
@@ -331,7 +343,6 @@ def main() -> None:
                 out.print(table(measured, failed, layers, k))
             if args.out:  # after each, so that a run that is stopped keeps what it has
                 rows.sort(key=lambda row: (row["layers"], row["k"]))
-                args.out.parent.mkdir(parents=True, exist_ok=True)
                 write_json(args.out, {"provenance": source, "rows": rows})
     if args.json:
         print(json.dumps(rows, indent=1))

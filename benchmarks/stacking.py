@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import in_turns
 
 from mcobjectives_examples.config import Config
 from mcobjectives_examples.engine import Engine, make_step, pick_device
@@ -57,16 +56,7 @@ def measure(k: int, members: int, precision: str, device: torch.device, rounds: 
         for trainer in trainers:
             trainer.optimiser.step()
 
-    ms: dict[str, list[float]] = {"one_by_one": [], "together": []}
-    contestants: dict[str, Callable[[], None]] = {"one_by_one": one_by_one, "together": together}
-    for i in range(rounds + 5):
-        for name, step in contestants.items():
-            began = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if i >= 5:
-                ms[name].append(1e3 * (time.perf_counter() - began))
+    ms = in_turns({"one_by_one": one_by_one, "together": together}, rounds)
     medians = {f"{name}_ms": round(statistics.median(times), 3) for name, times in ms.items()}
     ratio = medians["one_by_one_ms"] / medians["together_ms"]
     return {"k": k, "members": members, "precision": precision, **medians, "speedup": round(ratio, 3)}

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from speed import CONTESTANTS, PEERS_PYTHON, Worker, interpreters, surroundings
+from speed import CONTESTANTS, PEERS_PYTHON, Worker, choose, installed, interpreters, surroundings
 from torch import nn
 
 from mcobjectives.evaluation import evaluate
@@ -88,8 +88,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    names = [*args.ours.split(","), *args.peers.split(",")]
-    wanted = [c for c in CONTESTANTS if c.name in names]
+    wanted = choose("ours", args.ours) + choose("peer", args.peers)
     pythons = interpreters(args.peers_python, wanted)
     torch.set_num_threads(args.threads)
     dataset = load("binarized_mnist", args.data_dir)
@@ -103,8 +102,7 @@ def main() -> None:
         np.save(data, dataset.train.numpy().astype(np.uint8))
         workers = [
             Worker(c, pythons[c.module], 1, args.k, schedule.batch_size, args.threads, data)
-            for c in wanted
-            if c.module in pythons
+            for c in installed(wanted, pythons)
         ]
         try:
             for worker in workers:
