@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 from mcobjectives import plugins
+from mcobjectives.messages import one_line
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def broken_estimators() -> list[str]:
         try:
             plugins.get_estimator(name)
         except plugins.PluginError as error:
-            problems.append(" ".join(str(error).split()))
+            problems.append(one_line(error))
     return problems
 
 
@@ -47,7 +48,7 @@ def _entry(name: str) -> Entry:
         objective = cls()
     except Exception as error:  # whatever a third party's code raises is its own entry's error
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        return Entry(name, package, error=" ".join(f"{kind}{error}".split()))
+        return Entry(name, package, error=one_line(f"{kind}{error}"))
     parameters = ", ".join(f"{f.name}={getattr(objective, f.name)!r}" for f in own)
     return Entry(name, package, parameters, tuple(e for e in plugins.estimator_names() if _allows(objective, e)))
 

@@ -159,6 +159,18 @@ def test_a_spoilt_checkpoint_is_refused_and_kept(saved, trainer, how):
     assert path.read_bytes() == old and "\n" not in str(error.value)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "content",
+    [torch.zeros(3), [1], {"format": torch.zeros(3), "config": "{}"}, {"format": 2, "config": 3}, {"format": 2}],
+    ids=str,
+)
+def test_somebody_elses_checkpoint_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "theirs.pt")
+    with pytest.raises(CheckpointError, match="is not a checkpoint of this format: give"):
+        checkpoints.load(tmp_path / "theirs.pt", None, CPU)
+
+
 def test_a_mismatch_says_what_differs(saved, trainer):
     notes = []
     state = torch.load(saved.checkpoint, weights_only=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mcobjectives.messages import first_line
 from mcobjectives_examples.config import differing
 from mcobjectives_examples.files import write_atomically
 
@@ -45,14 +46,13 @@ def load(path: Path, config: dict[str, Any] | None, device: torch.device | str) 
         why = "it is no file of torch.save, or holds more than tensors and plain values"
         raise CheckpointError(f"{path} is not a readable checkpoint ({why}): {mend}") from error
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is not a readable checkpoint ({first}): {mend}") from error
-    try:
-        theirs = json.loads(state["config"])
-        known = state["format"] == FORMAT and isinstance(theirs, dict)
-    except (KeyError, TypeError, ValueError, IndexError):
-        known = False
-    if not known:
+        raise CheckpointError(f"{path} is not a readable checkpoint ({first_line(error)}): {mend}") from error
+    theirs: Any = None
+    written = state.get("format") if isinstance(state, dict) else None
+    if isinstance(written, int) and written == FORMAT:  # it may be anybody's
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            theirs = json.loads(state["config"])
+    if not isinstance(theirs, dict):
         raise CheckpointError(f"{path} is not a checkpoint of this format: {mend}")
     if config is not None and (found := differing(theirs, config)):
         raise CheckpointError(f"{path} belongs to another run (differs in {found}): {mend}")
@@ -67,5 +67,5 @@ def readable(path: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} lacks or mismatches what a run needs ({first}): move it away") from error
+        why = f"lacks or mismatches what a run needs ({first_line(error)})"
+        raise CheckpointError(f"{path} {why}: move it away") from error

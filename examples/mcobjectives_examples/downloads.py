@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
+from mcobjectives.messages import one_line
 from mcobjectives_examples.files import whole_file
 
 ATTEMPTS = 3
@@ -81,7 +82,7 @@ def fetch(url: str, target: Path, check: Callable[[Path], object]) -> None:
                 raise DataError(f"{url}: the server answers {error.code} {error.reason}; {_ELSEWHERE}") from error
         except _DROPPED as error:
             if attempt == ATTEMPTS:
-                raise DataError(f"{url}: {_one_line(error)} ({ATTEMPTS} attempts); {_ELSEWHERE}") from error
+                raise DataError(f"{url}: {one_line(error)} ({ATTEMPTS} attempts); {_ELSEWHERE}") from error
         except OSError as error:
             raise DataError(f"cannot write {target}: {error.strerror or error}; choose another --data-dir") from error
         time.sleep(PAUSE_S * attempt)
@@ -132,14 +133,10 @@ def fetch_torchvision(class_name: str, folder: Path) -> None:
                     break
                 except Exception as error:  # torchvision lets whatever urllib raises through
                     if attempt == ATTEMPTS:
-                        raise DataError(f"{class_name}: torchvision: {_one_line(error)}; {_ELSEWHERE}") from error
+                        raise DataError(f"{class_name}: torchvision: {one_line(error)}; {_ELSEWHERE}") from error
                     time.sleep(PAUSE_S * attempt)
             for file in sorted(Path(temporary, class_name, "raw").iterdir()):
                 if not (raw / file.name).exists():
                     os.replace(file, raw / file.name)
     except OSError as error:
         raise DataError(f"cannot write {raw}: {error.strerror or error}; choose another --data-dir") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.optim.adam import adam
 
 from mcobjectives.context import generators_at
+from mcobjectives.messages import first_line
 from mcobjectives.objective import Objective
 from mcobjectives_examples.compiling import SECONDS_TO_COMPILE, compile_whole, compiler_failure
 from mcobjectives_examples.memory import keep_freed_memory, require_memory
@@ -121,12 +122,8 @@ def make_step(
         else:
             whole = _GraphStep(eager, vector, optimiser, x)
     except Exception as error:  # whatever a compiler stumbles over: do without
-        return eager, Engine("eager", f"cannot be {engine.name}: {_first_line(error)}")
+        return eager, Engine("eager", f"cannot be {engine.name}: {first_line(error)}")
     return lambda x: whole(x) if x.shape == usual.shape and x.dtype == usual.dtype else eager(x), engine
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _compiled_step(function: Callable[..., Any], vector: nn.Parameter, optimiser: Any, x: Tensor) -> Step:
@@ -254,6 +251,6 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         float(torch.zeros((), device=device))  # of "meta" there is none
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
-        first = str(error).splitlines()[0].partition(". ")[0]
-        raise ValueError(f"device {name!r} cannot be used: {first}: choose auto, cpu or cuda") from None
+        why = first_line(error).partition(". ")[0]
+        raise ValueError(f"device {name!r} cannot be used: {why}: choose auto, cpu or cuda") from None
     return device

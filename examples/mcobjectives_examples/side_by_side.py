@@ -17,6 +17,7 @@ from typing import cast
 
 import torch
 
+from mcobjectives.messages import one_line
 from mcobjectives_examples.cells import Place, run_cell
 from mcobjectives_examples.config import Config
 from mcobjectives_examples.datasets import load
@@ -165,6 +166,6 @@ def _work(connection: Connection, config: Config, place: Place, threads: int) ->
     except (Interrupted, ConnectionError):  # the latter if the first process is gone; the last checkpoint stands
         end = _End()
     except (ValueError, RuntimeError, OSError, ImportError) as error:
-        end = _End(f"{config.name}: {' '.join(str(error).split()) or type(error).__name__}")
+        end = _End(f"{config.name}: {one_line(error)}")
     with suppress(ConnectionError):
         connection.send(end)

@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from mcobjectives.cli import inspect, publish, run
+from mcobjectives.messages import one_line
 
 app = typer.Typer(
     name="mcobj",
@@ -70,8 +71,7 @@ def main() -> None:
         expected = isinstance(error, ValueError | RuntimeError | OSError | ImportError | AssertionError)
         if not expected or os.environ.get("MCOBJ_TRACEBACK"):
             raise
-        message = str(error) if isinstance(error, AssertionError) else " ".join(str(error).split())
-        _end(message or type(error).__name__, 1)
+        _end(str(error) if isinstance(error, AssertionError) else one_line(error), 1)
     except KeyboardInterrupt:
         _end("interrupted", 130)
 

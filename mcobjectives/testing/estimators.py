@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mcobjectives import plugins
+from mcobjectives.messages import one_line
 from mcobjectives.objective import Objective
 from mcobjectives.plugins import Estimator
 from mcobjectives.testing.exact import NAMES, Discrete, Exact, Gaussian
@@ -176,7 +177,7 @@ def _small(objective: Objective, name: str | Estimator) -> Objective:
         try:
             return plain if plain.gradient == name else _with(plain, name)
         except ValueError as refused:
-            raise Unchecked(f"refused: {' '.join(str(refused).split())}") from None
+            raise Unchecked(f"refused: {one_line(refused)}") from None
 
 
 def _own_gradient(objective: Objective) -> dict[str, Any]:

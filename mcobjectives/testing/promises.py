@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mcobjectives import derivatives
+from mcobjectives.messages import one_line
 from mcobjectives.objective import Objective
 from mcobjectives.testing.report import Broken, Unchecked
 from mcobjectives.testing.sizes import first_possible, resized
@@ -233,8 +234,7 @@ def gradcheck(objective: Objective) -> None:
         if objective.smooth:
             torch.autograd.gradgradcheck(small.reduce, log_w, fast_mode=fast)
     except RuntimeError as error:
-        first = " ".join(str(error).split())
-        raise Broken(f"autograd and finite differences of reduce disagree: {first[:300]}") from error
+        raise Broken(f"autograd and finite differences of reduce disagree: {one_line(error)[:300]}") from error
 
 
 def continuous(objective: Objective) -> None:
