@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from mcobjectives.analytic import expected_log_ratio
 from mcobjectives.context import cast_anew, generators_at, may_synchronise, refuse_transforms, rng_state, same_state
 from mcobjectives.derivatives import reduced
 from mcobjectives.estimators import warn_once
-from mcobjectives.model import Density, Latent, ModelError, log_joint, require
+from mcobjectives.model import Density, Latent, ModelError, likelihood, log_joint, require
 from mcobjectives.replay import replayed, require_unchanged
 from mcobjectives.resampling import select
 from mcobjectives.sampling import (
@@ -228,7 +229,7 @@ def open_batch(objective: Objective, model: Any, x: Any) -> BatchBound:
     log_p: Density
     if objective.analytic_kl:
         require(model, f"{type(objective).__name__}(analytic_kl=True)", "posterior", "log_likelihood")
-        log_p = lambda h: model.log_likelihood(x, h)  # noqa: E731
+        log_p = partial(likelihood, model, x)
     else:
         log_p = log_joint(model, x, objective.tempering)
     if isinstance(x, Tensor) and x.numel() == 0:  # torch's own distributions stumble over it less legibly

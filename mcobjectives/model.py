@@ -128,6 +128,13 @@ def parts(model: Any, x: Any, h: Latent) -> tuple[Tensor, Tensor]:
     return likelihood, prior
 
 
+def likelihood(model: Any, x: Any, h: Latent) -> Tensor:
+    """log p(x | h), where log p(h) is taken elsewhere; raises as `parts` does."""
+    if id(model) in _AGREED or not has_methods(model, "log_joint", "log_prior"):
+        return model.log_likelihood(x, h)
+    return parts(model, x, h)[0]
+
+
 def _require_agreement(model: Any, x: Any, h: Latent, likelihood: Tensor, prior: Tensor) -> None:
     key = id(model)
     try:

@@ -37,7 +37,7 @@ class Objective(ABC):
         chunk_size: evaluate so many samples at a time and evaluate them again in the backward pass: the same gradient,
             with the graph of one chunk in memory at a time.
         backward_samples: back-propagate so many of the k samples, chosen without bias by their weights.
-        kl_weight: t in log p(x | h) + t (log p(h) - log q(h | x)); not a bound unless it is one.
+        kl_weight: t in log p(x | h) + t (log p(h) - log q(h | x)); in general a bound for t = 1 alone.
 
     Raises:
         ValueError: for an argument outside its range, or an estimator that is not valid for this objective.
@@ -172,7 +172,12 @@ class Objective(ABC):
 
     @cached_property
     def _estimator(self) -> Callable[..., Any]:
-        return self.gradient if callable(self.gradient) else plugins.get_estimator(self.gradient)
+        if callable(self.gradient):
+            return self.gradient
+        try:
+            return plugins.get_estimator(self.gradient)
+        except plugins.PluginError as error:
+            raise plugins.PluginError(f"gradient: {error}") from None
 
     @cached_property
     def plan(self) -> Plan:

@@ -57,6 +57,8 @@ class VAE(_Mean):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.analytic_kl, bool):
+            raise ValueError(f"analytic_kl must be True or False, got {self.analytic_kl!r}")
         if self.analytic_kl and self.gradient != "reparam":
             raise ValueError(
                 f"analytic_kl=True replaces the samples' log q(h | x), which gradient={self.gradient!r} needs: "
@@ -101,8 +103,8 @@ class IWAE(Objective):
 class Power(Objective):
     """The power mean of the weights: F = (1/p) log (1/k) sum_i w_i^p (the VR bound of Li & Turner 2016, alpha = 1 - p).
 
-    p -> 0 is the VAE, 1 is IWAE, p -> inf the largest weight. A lower bound on log p(x) only for p <= 1: above, it may
-    exceed log p(x) by up to (1 - 1/p) log k and must not be read as a likelihood.
+    p -> 0 is the VAE, 1 is IWAE, p -> inf the largest weight. A lower bound on log p(x), in expectation, only for
+    p <= 1: above, its expectation may exceed log p(x) by up to (1 - 1/p) log k and must not be read as a likelihood.
 
     Args:
         k: samples for each data point.

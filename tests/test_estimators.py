@@ -507,5 +507,5 @@ def test_a_function_is_an_estimator_itself():
         Median(k=4, gradient=dreg)
     with pytest.raises(PluginError, match=r"^estimator <lambda> does not work with IWAE: TypeError"):
         IWAE(k=4, gradient=lambda log_w: log_w)
-    with pytest.raises(PluginError, match=r"^unknown estimator 0\.5: choose from"):
+    with pytest.raises(PluginError, match=r"^gradient: unknown estimator 0\.5: choose from"):
         IWAE(k=4, gradient=0.5)

@@ -635,6 +635,24 @@ def test_a_joint_that_is_not_the_sum_of_its_parts_is_refused_where_the_parts_are
     assert model.asked == 1  # looked at once
 
 
+@pytest.mark.parametrize("off", [0.0, 1.0])
+def test_a_joint_that_is_another_is_refused_beside_a_closed_form_kl_too(off):
+    class Standard(Two):
+        def log_prior(self, h):
+            return Normal(0.0, 1.0).log_prob(h)
+
+        def log_joint(self, x, h):
+            self.asked += 1
+            return self.log_prior(h) + self.log_likelihood(x, h) + off
+
+    model, objective = Standard(), VAE(k=3, analytic_kl=True)
+    if off:
+        with pytest.raises(ModelError, match=r"^log_joint\(x, h\) of Standard is another density than"):
+            objective(model, X)
+    else:
+        assert torch.isfinite(objective(model, X) + objective(model, X)) and model.asked == 1
+
+
 def test_a_random_joint_is_not_judged_and_the_look_leaves_no_trace():
     class Dropped(Two):
         def log_likelihood(self, x, h):

@@ -116,12 +116,13 @@ BAD_ARGUMENTS = [
         for p in (0, 0.0, math.nan, math.inf, -math.inf, "2")
     ],
     *[(CIWAE, {"beta": b}, r"beta must be a number in \[0, 1\]") for b in (-0.1, 1.1, math.nan, True, None)],
+    *[(VAE, {"analytic_kl": v}, "analytic_kl must be True or False") for v in ("False", "no", 1, None)],
     *[(LAlpha, {"alpha": a}, "alpha must be a finite number") for a in (-1.0, math.nan, math.inf)],
     *[(VAE, {"kl_weight": t}, "kl_weight must be a finite number") for t in (-0.1, math.nan, math.inf, "1")],
     *[(IWAE, {"chunk_size": c}, "chunk_size must be an integer") for c in (0, 2.5, True)],
     *[(IWAE, {"backward_samples": m}, "backward_samples must be an integer") for m in (0, 2.5, True)],
     (IWAE, {"k": 5, "backward_samples": 6}, "backward_samples must be at most k = 5"),
-    (IWAE, {"gradient": "reparametrise"}, "unknown estimator 'reparametrise': choose from .*dreg.*reparam"),
+    (IWAE, {"gradient": "reparametrise"}, "gradient: unknown estimator 'reparametrise': choose from .*dreg.*reparam"),
 ]
 
 
