@@ -102,7 +102,7 @@ def rws(objective: Objective, log_w: Tensor) -> Weights:
     """Reweighted wake-sleep's wake phases (Bornschein & Bengio 2015).
 
     theta follows the objective; phi minimises KL(p(h | x) || q(h | x)) by self-normalised weights, which is *not* the
-    gradient of the objective (Le et al. 2019). With `kl_weight` t the weights are those of the tempered log w.
+    gradient of the objective (Le et al. 2019). Tempered log-weights have another target.
     """
     return Weights(objective.slopes(log_w), None, -log_w.softmax(0))
 

@@ -356,14 +356,16 @@ def cli() -> str:
 
 def _option(parameter: Any) -> tuple[str, str, str]:
     names = [*parameter.opts, *parameter.secondary_opts]
-    if parameter.param_type_name == "argument":
-        return (f"`{parameter.name.upper()}`", "required" if parameter.required else "", parameter.help or "")
     if parameter.required:
         default = "required"
+    elif isinstance(parameter.show_default, str):
+        default = parameter.show_default
     elif parameter.default is None or parameter.default is False or parameter.default == []:
         default = ""
     else:
         default = f"`{'--' + parameter.name if parameter.default is True else parameter.default}`"
+    if parameter.param_type_name == "argument":
+        names = [parameter.name.upper()]
     return ", ".join(f"`{n}`" for n in names), default, parameter.help or ""
 
 
