@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Bernoulli, Categorical, Independent, LogNormal, Normal, Uniform
+from torch.distributions import Bernoulli, Categorical, Dirichlet, Independent, LogNormal, Normal, Uniform
 
 from mcobjectives.testing import ConformanceError, check_model
 from mcobjectives.testing.models import model_findings
@@ -197,6 +197,91 @@ class FixedNoise(Gaussian):
         return 0.5
 
 
+class DetachedInP(Gaussian):
+    """p's own gradient is cut from the samples."""
+
+    def log_likelihood(self, x, h):
+        return super().log_likelihood(x, h.detach())
+
+
+class HalfDetachedInP(Gaussian):
+    def log_likelihood(self, x, h):
+        mean = self.decoder(h)
+        return Normal(torch.cat([mean[..., :1].detach(), mean[..., 1:]], -1), 1.0).log_prob(x).sum(-1)
+
+
+class DetachedPrior(Gaussian):
+    def log_prior(self, h):
+        return super().log_prior(h.detach())
+
+
+class OneNoise(Gaussian):
+    """Noise that all samples of a draw share."""
+
+    def posterior(self, x):
+        mean, sd = self.moments(x)
+        q = super().posterior(x)
+        return Own(lambda shape: (mean + sd * torch.randn_like(mean)).expand(*shape, *mean.shape), q.log_prob)
+
+
+class OneNoiseInOneUnit(Gaussian):
+    def posterior(self, x):
+        mean, sd = self.moments(x)
+        q = super().posterior(x)
+
+        def rsample(shape):
+            noise = torch.randn(*shape, *mean.shape)
+            return mean + sd * torch.cat([noise[..., :1], noise[:1, ..., 1:].expand(*shape, len(mean), 1)], -1)
+
+        return Own(rsample, q.log_prob)
+
+
+class WithoutJacobian(Gaussian):
+    """Log-normal samples with the density of their logarithms."""
+
+    def posterior(self, x):
+        mean, sd = self.moments(x)
+        q = Independent(Normal(mean, 0.3 * sd), 1)
+        return Own(lambda shape: q.rsample(shape).exp(), lambda h: q.log_prob(h.log()))
+
+    def log_prior(self, h):
+        return LogNormal(0.0, 1.0).log_prob(h).sum(-1)
+
+
+class WithoutLogitsJacobian(Gaussian):
+    def posterior(self, x):
+        q = super().posterior(x)
+        return Own(lambda shape: q.rsample(shape).sigmoid(), lambda h: q.log_prob(h.logit()))
+
+    def log_prior(self, h):
+        return 0 * h.sum(-1)
+
+
+class MiddleLeaks(Gaussian):
+    def log_likelihood(self, x, h):
+        return super().log_likelihood(x, h - 0.1 * h[:, 2:3] if h.shape[1] > 2 else h)
+
+
+class ZeroGradient(Gaussian):
+    def __init__(self):
+        super().__init__()
+        self.idle = nn.Parameter(torch.ones(2))
+
+    def log_likelihood(self, x, h):
+        return super().log_likelihood(x, h) + 0 * self.idle.sum()
+
+
+class NaNGradient(Gaussian):
+    """The square root's slope at 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.rate = nn.Parameter(torch.zeros(2))
+
+    def log_prior(self, h):
+        return super().log_prior(h) - (self.rate - self.rate.detach()).sqrt().sum()
+
+
 MODEL_MUTANTS = {
     NoDensity: {"methods"},
     NoSum: {"shape"},
@@ -212,6 +297,15 @@ MODEL_MUTANTS = {
     BatchMean: {"leak", "sizes"},
     SampleMean: {"leak", "sizes"},
     NormalisesInputs: {"leak", "sizes"},
+    DetachedInP: {"gradcheck"},
+    HalfDetachedInP: {"gradcheck"},
+    DetachedPrior: {"gradcheck"},
+    OneNoise: {"seeds"},
+    OneNoiseInOneUnit: {"seeds"},
+    WithoutJacobian: {"normalised"},
+    WithoutLogitsJacobian: {"normalised"},
+    MiddleLeaks: {"leak", "sizes"},
+    ZeroGradient: {"gradients"},
     Squeezes: {"sizes"},
     OwnGenerator: {"seeds"},
     FixedNoise: {"seeds"},
@@ -447,7 +541,27 @@ def test_samples_that_are_attached_wrongly_are_found(x, model, why):
     assert raised.value.properties == {"gradients"}
 
 
-@pytest.mark.parametrize(("model", "why"), [(Positive, "bounded"), (Bounded, "bounded")])
+@pytest.mark.parametrize("model", [Gaussian, Wide, Positive, Bounded])
+def test_a_mass_is_told_of_units_on_the_line_above_zero_and_between_zero_and_one(x, model):
+    torch.manual_seed(0)
+    finding = next(f for f in check_model(model(), x) if f.property == "normalised")
+    assert finding.passed is True
+
+
+class BoundedElsewhere(Bounded):
+    def posterior(self, x):
+        return Independent(Uniform(-torch.ones(len(x), 2), 2 * torch.ones(len(x), 2)), 1)
+
+
+class OnASimplex(Bounded):
+    def posterior(self, x):
+        return Dirichlet(torch.full((len(x), 3), 3.0))
+
+    def log_likelihood(self, x, h):
+        return super().log_likelihood(x, h[..., :2])
+
+
+@pytest.mark.parametrize(("model", "why"), [(BoundedElsewhere, "bounded"), (OnASimplex, "span")])
 def test_what_cannot_be_told_is_not_passed_off_as_checked(x, model, why):
     torch.manual_seed(0)
     finding = next(f for f in check_model(model(), x) if f.property == "normalised")
@@ -582,3 +696,189 @@ def test_what_is_wrong_at_another_data_point_than_the_first_is_found(x, mutant, 
     with pytest.raises(ConformanceError) as raised:
         check_model(mutant(), x)
     assert raised.value.properties == broken
+
+
+def test_a_gradient_that_is_not_a_number_is_found(x):
+    found = {f.property: f for f in model_findings(NaNGradient(), x)}
+    assert found["gradients"].passed is False and "NaN or infinite at rate" in found["gradients"].message
+
+
+def test_the_gradient_that_is_off_is_named_with_both_rates(x):
+    [message] = [f.message for f in model_findings(DetachedInP(), x) if f.property == "gradcheck"]
+    rates = re.search(
+        r"changes with part 0 of h at a rate of (\S+) in .*, autograd's gradient gives (\S+?)\.? ", message
+    )
+    assert rates and abs(float(rates[1]) - float(rates[2])) > 1e-3 * abs(float(rates[1]))
+
+
+class SinglePrecisionInside(Gaussian):
+    def log_likelihood(self, x, h):
+        return super().log_likelihood(x, h.float().double() if h.dtype == torch.float64 else h)
+
+
+class SinglePrecisionAlone(Gaussian):
+    def log_likelihood(self, x, h):
+        return super().log_likelihood(x, h) + h.float() @ torch.zeros(2)
+
+
+class InSinglePrecision(Gaussian):
+    def log_likelihood(self, x, h):
+        return super().log_likelihood(x, h).float()
+
+    def log_prior(self, h):
+        return super().log_prior(h).float()
+
+
+class Rough(Gaussian):
+    def log_prior(self, h):
+        return super().log_prior(h) + 1e-3 * (1e6 * h).sin().sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (SinglePrecisionInside, None),
+        (SinglePrecisionAlone, None),
+        (InSinglePrecision, "torch.float32"),
+        (Rough, None),
+    ],
+)
+def test_a_gradient_that_finite_differences_cannot_tell_is_no_failure(x, model, why):
+    finding = next(f for f in model_findings(model(), x) if f.property == "gradcheck")
+    assert finding.passed is not False and (why is None or why in finding.message)
+
+
+class Confident(Discrete):
+    """Bernoulli units that are hardly ever on."""
+
+    logit = -12.0
+
+    def posterior(self, x):
+        return Independent(Bernoulli(logits=self.logit + 0.1 * self.encoder(x)), 1)
+
+
+@pytest.mark.parametrize("logit", [-3.0, -5.0, -8.0, -12.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_confident_discrete_posterior_is_no_failure(x, logit, seed):
+    torch.manual_seed(seed)
+    check_model(type("At", (Confident,), {"logit": logit})(), x, seed=seed)
+
+
+def test_a_gradient_that_is_cut_is_found_of_a_confident_posterior_that_varies(x):
+    class Cut(Confident):
+        logit = -3.0
+
+        def log_likelihood(self, x, h):
+            with torch.no_grad():
+                return super().log_likelihood(x, h)
+
+    with pytest.raises(ConformanceError, match="no gradient reaches 2 of 4 parameters: decoder") as raised:
+        check_model(Cut(), x)
+    assert raised.value.properties == {"gradients", "gradcheck"}
+
+
+class Forbidden(Discrete):
+    """One value of h that p rules out."""
+
+    def __init__(self):
+        super().__init__()
+        nn.init.constant_(self.encoder.bias, -1.5)
+
+    def log_prior(self, h):
+        return torch.where(h.sum(-1) == 2, -torch.inf, super().log_prior(h))
+
+
+def test_a_discrete_value_that_p_rules_out_is_no_failure_and_all_of_them_are(x):
+    check_model(Forbidden(), x)
+    rules_out_all = type("All", (Forbidden,), {"log_prior": lambda self, h: torch.full(h.shape[:2], -torch.inf)})
+    with pytest.raises(ConformanceError, match=r"log p\(x, h\) is NaN or infinite at 250 of 250 samples"):
+        check_model(rules_out_all(), x)
+    never = type("Edge", (Gaussian,), {"log_prior": lambda self, h: torch.where(h[..., 0] > 0, 0.0, -torch.inf)})
+    with pytest.raises(ConformanceError, match=r"log p\(x, h\) is NaN or infinite"):
+        check_model(never(), x)
+
+
+class Packed(Gaussian):
+    """A latent for each step of a sequence: as many as the longest of the batch has."""
+
+    def lengths(self, x):
+        return (x[:, 0] > 0).long() + 1
+
+    def posterior(self, x):
+        mean, sd = (part[:, None, :1].expand(-1, int(self.lengths(x).max()), 1) for part in self.moments(x))
+        return Own(Independent(Normal(mean, sd), 2).rsample, lambda h: Normal(mean, sd).log_prob(h).sum((-1, -2)))
+
+    def log_prior(self, h):
+        return Normal(0.0, 1.0).log_prob(h).sum((-1, -2))
+
+    def log_likelihood(self, x, h):
+        return super().log_likelihood(x, h.mean(-2).expand(*h.shape[:2], 2))
+
+
+def test_sequences_of_other_lengths_are_no_failure(x):
+    found = {f.property: f for f in check_model(Packed(), x.abs() * torch.tensor([-1.0, -1, 1, -1, -1])[:, None])}
+    assert {found["leak"].passed, found["sizes"].passed} == {None}
+    assert "sequences of other lengths" in found["leak"].message
+
+
+def test_what_a_model_is_known_not_to_keep_can_be_exempted(x):
+    findings = {f.property: f for f in check_model(NoConstant(), x, exempt={"normalised"})}
+    assert findings["normalised"].passed is None and findings["normalised"].message.startswith("exempt: q(h | x) of")
+    with pytest.raises(ConformanceError) as raised:
+        check_model(BatchMean(), x, exempt={"leak"})
+    assert raised.value.properties == {"sizes"}
+    with pytest.raises(ValueError, match=r"exempt=\['normalized'\] are no properties: choose from methods, shape, f"):
+        check_model(Gaussian(), x, exempt={"normalized"})
+
+
+def test_a_model_that_cannot_be_copied_keeps_its_buffers(x):
+    class Uncopied(Gaussian):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4))
+
+        def __deepcopy__(self, memo):
+            raise RuntimeError("no")
+
+    model = Uncopied()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model_findings(model, x)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_numbers_of_a_joint_that_is_another_are_of_a_place_where_they_differ(x):
+    class Elsewhere(Gaussian):
+        def log_joint(self, x, h):
+            return self.log_likelihood(x, h) + self.log_prior(h) + (torch.arange(h.shape[1]) == 3)
+
+    [message] = [f.message for f in model_findings(Elsewhere(), x) if f.property == "log_joint"]
+    joint, parts = map(float, re.match(r"log_joint is (\S+), log_likelihood \+ log_prior (\S+?)\. ", message).groups())
+    assert joint == pytest.approx(parts + 1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "error", "why"),
+    [
+        (lambda: Gaussian, {}, TypeError, r"an instance, such as Gaussian\(...\), got the class"),
+        (Gaussian, {"k": 0}, ValueError, "k must be an integer of at least 1, got 0"),
+        (Gaussian, {"k": 2.5}, ValueError, "k must be an integer of at least 1, got 2.5"),
+        (Gaussian, {"x": torch.zeros(0, 3)}, ValueError, "needs a batch of data points, got none"),
+    ],
+)
+def test_what_cannot_be_checked_at_all_is_refused(x, make, options, error, why):
+    with pytest.raises(error, match=why):
+        check_model(make(), **{"x": x} | options)
+
+
+def test_lazy_layers_are_to_be_run_first(x):
+    model = Gaussian()
+    model.encoder = nn.LazyLinear(4)
+    with pytest.raises(ValueError, match=r"encoder.weight, encoder.bias are lazy: run the model once before"):
+        check_model(model, x)
+    model.encoder(x)
+    check_model(model, x)
+
+
+def test_a_model_is_checked_under_no_grad_too(x):
+    with torch.no_grad():
+        check_model(Gaussian(), x)

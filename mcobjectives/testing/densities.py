@@ -17,7 +17,9 @@ from mcobjectives.testing.report import Broken, Unchecked
 
 LARGEST_Z = 6.0
 _REPLICATES, _SAMPLES, _DIRECTIONS = 48, 64, 4
-_DRAWS = 4000
+_LEAST_SURPRISE = 100.0
+"""Nats in all samples of a discrete q: with fewer, values too rare to be drawn make up the mean."""
+_DRAWS, _POINTS = 4000, 4
 
 
 def trainable(model: Any) -> dict[str, Tensor]:
@@ -26,8 +28,19 @@ def trainable(model: Any) -> dict[str, Tensor]:
     return {name: p for name, p in named if p.requires_grad}
 
 
+def is_whole(part: Tensor) -> bool:
+    """Whether samples are integers all, as discrete ones are."""
+    return bool((part == part.round()).all()) if part.is_floating_point() else True
+
+
 def score_identity(model: Any, x: Any, seed: int) -> None:
     """E_q grad log q(h | x) = 0."""
+    pilot = draw(model.posterior(x), _SAMPLES)
+    if all(map(is_whole, pytree.tree_leaves(pilot))):
+        with torch.no_grad():
+            surprise = -float(model.posterior(x).log_prob(pilot).sum()) * _REPLICATES
+        if surprise < _LEAST_SURPRISE:
+            raise Unchecked(f"h hardly varies: all samples to be drawn hold about {surprise:.2g} nats")
 
     def mean_log_q() -> Tensor:
         posterior = model.posterior(x)
@@ -81,7 +94,7 @@ def _vanishes(model: Any, seed: int, scalar: Callable[[], Tensor], what: str) ->
             torch.zeros(_DIRECTIONS) if g is None else (d * g).reshape(_DIRECTIONS, -1).sum(1)
             for d, g in zip(signs, grads, strict=True)
         ]
-        rows.append(torch.stack([slope.detach().double().cpu() for slope in slopes]))
+        rows.append(torch.stack([slope.detach().cpu().double() for slope in slopes]))
         sizes.append(torch.tensor([0.0 if g is None else float(g.abs().sum()) for g in grads], dtype=torch.float64))
     found = torch.stack(rows)  # (replicates, parameters, directions)
     # All that is left where terms cancel, as those of a softmax's logits do.
@@ -101,14 +114,15 @@ def normalisation(posterior: Any) -> None:
     """E_q r(h) / q(h | x) = 1 for a density r near q; for discrete h, what was seen holds as much mass as it should."""
     h = draw(posterior, _DRAWS)
     with torch.no_grad():
-        log_q = posterior.log_prob(h).double().cpu()
-    parts = [part.reshape(*part.shape[:2], -1).double().cpu() for part in pytree.tree_leaves(h)]
-    discrete = [bool((part == part.round()).all()) for part in parts]
+        log_q = posterior.log_prob(h)[:, :_POINTS].cpu().double()
+    parts = [part[:, :_POINTS] for part in pytree.tree_leaves(h)]
+    discrete = list(map(is_whole, parts))
+    parts = [part.reshape(*part.shape[:2], -1).cpu().double() for part in parts]
     flat = torch.cat(parts, 2)  # (k, batch, dims)
     if any(discrete) and not all(discrete):
         raise Unchecked("normalisation cannot be told for a mixture of discrete and continuous parts")
     check = _discrete_mass if all(discrete) else _continuous_mass
-    unclear = [check(flat[:, j], log_q[:, j], f"q(h | x) of data point {j}") for j in range(min(flat.shape[1], 4))]
+    unclear = [check(flat[:, j], log_q[:, j], f"q(h | x) of data point {j}") for j in range(flat.shape[1])]
     if all(unclear):
         raise Unchecked(f"normalisation cannot be told: {unclear[0]}")
 
@@ -129,16 +143,38 @@ def _discrete_mass(h: Tensor, log_q: Tensor, what: str) -> str:
 
 def _continuous_mass(h: Tensor, log_q: Tensor, what: str) -> str:
     """`h` `(n, dims)`, `log_q` `(n,)`: raise if the mass is not one, or return why that cannot be told."""
-    half, dims = len(h) // 2, h.shape[1]
-    centre, scale = h[:half].mean(0), h[:half].std(0)
+    if flat := _without_span(h[: len(h) // 2]):
+        return flat
+    return _mass(h, log_q, what) and _mass(*_on_the_line(h, log_q), what)
+
+
+def _without_span(h: Tensor) -> str:
+    """Why q has no density over all dimensions of h, if it has none: a simplex, say."""
+    scale = h.std(0)
     if not bool((scale > 0).all()):
         return "samples do not vary"
+    z = (h - h.mean(0)) / scale
+    factor, failed = torch.linalg.cholesky_ex(torch.cov(z.T).reshape(h.shape[1], h.shape[1]))
+    if failed or float(factor.diagonal().amin()) < 1e-3:
+        return f"{len(h)} samples do not span the {h.shape[1]} dimensions of h"
+    return ""
+
+
+def _on_the_line(h: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Units that are positive by their logarithm, those between 0 and 1 by their logit, with the density of these."""
+    positive = h.amin(0) > 0
+    below_one = positive & (h.amax(0) < 1)
+    log_h, log_rest = torch.where(positive, h, 1.0).log(), torch.where(below_one, 1 - h, 1.0).log()
+    return torch.where(positive, log_h - log_rest, h), log_q + (log_h + log_rest).sum(1)
+
+
+def _mass(h: Tensor, log_q: Tensor, what: str) -> str:
+    half, dims = len(h) // 2, h.shape[1]
+    centre, scale = h[:half].mean(0), h[:half].std(0)
     z = (h - centre) / scale
     factor, failed = torch.linalg.cholesky_ex(torch.cov(z[:half].T).reshape(dims, dims))
-    if failed or float(factor.diagonal().amin()) < 1e-3:
-        return f"{half} samples do not span the {dims} dimensions of h"
     tails = _normal_tails(z)
-    if float(tails.amax()) > 5e-3:
+    if failed or float(tails.amax()) > 5e-3:
         return "the support of q looks bounded"
     identity = torch.eye(dims, dtype=h.dtype)
     ratios = [_normal(z[half:], f) - scale.log().sum() - log_q[half:] for f in (identity, factor)]

@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
+from mcobjectives.arguments import require_count
+from mcobjectives.testing import model_gradients
 from mcobjectives.testing import model_promises as promises
 from mcobjectives.testing.model_promises import Subject
 from mcobjectives.testing.report import Finding, find, verdict
 
 
-def check_model(model: Any, x: Any, *, k: int = 4, seed: int = 0) -> list[Finding]:
+def check_model(model: Any, x: Any, *, k: int = 4, seed: int = 0, exempt: Set[str] = frozenset()) -> list[Finding]:
     """Check what a model promises, on a batch x of its data; returns the findings, or raises `ConformanceError`.
 
     Shapes, finite densities, samples against log q (score identity, normalisation, gradients along the samples against
-    those by the score: Monte Carlo with fixed seeds, judged at six standard errors), gradients to every parameter,
-    those of `attach` if the posterior has it, no leak between data points or samples, k and batch of one, the same
-    numbers for the same seed. It works on a copy: the model and the generator stay as they are.
+    those by the score: Monte Carlo with fixed seeds, judged at six standard errors), the gradient of log p against
+    finite differences, gradients to every parameter, those of `attach` if the posterior has it, no leak between data
+    points or samples, k and batch of one, the same numbers for the same seed. What cannot be told of a model has
+    `passed` None and says why. It works on a copy: the model and the generator stay as they are.
 
     Args:
         model: anything with `posterior(x)` and `log_joint(x, h)`, or `log_likelihood` and `log_prior`.
         x: a batch of at least two data points: a tensor, or tuples, lists, dicts of tensors, batch first.
         k: samples for each data point.
         seed: of every random number.
+        exempt: properties that the model is known not to keep, by the names that the findings have.
 
     Raises:
+        TypeError: for a class in place of a model.
+        ValueError: for a batch without data points, a k below one, an exempt property that there is none of, and lazy
+            layers that have not been run.
         ConformanceError: naming each broken property, the numbers, and the usual cause.
 
     Example:
@@ -50,22 +59,39 @@ def check_model(model: Any, x: Any, *, k: int = 4, seed: int = 0) -> list[Findin
         >>> all(finding.passed is not False for finding in check_model(Model(), torch.randn(4, 3)))
         True
     """
-    return verdict(f"model {type(model).__name__}", model_findings(model, x, k=k, seed=seed))
+    if isinstance(model, type):
+        raise TypeError(f"check_model checks an instance, such as {model.__name__}(...), got the class")
+    require_count("k", k)
+    if any(isinstance(part, Tensor) and part.ndim and not len(part) for part in pytree.tree_leaves(x)):
+        raise ValueError("check_model needs a batch of data points, got none")
+    if lazy := [name for name, p in _parameters(model) if is_lazy(p)]:
+        raise ValueError(f"{', '.join(lazy[:8])} are lazy: run the model once before check_model")
+    if unknown := set(exempt) - {name for stage in _STAGES for name in stage}:
+        known = ", ".join(name for stage in _STAGES for name in stage)
+        raise ValueError(f"exempt={sorted(unknown)} are no properties: choose from {known}")
+    return verdict(f"model {type(model).__name__}", model_findings(model, x, k=k, seed=seed, exempt=exempt))
 
 
-def model_findings(model: Any, x: Any, *, k: int = 4, seed: int = 0) -> list[Finding]:
+def model_findings(model: Any, x: Any, *, k: int = 4, seed: int = 0, exempt: Set[str] = frozenset()) -> list[Finding]:
     """The finding for each property, good and bad. What rests on a broken property is not checked."""
     findings: list[Finding] = []
-    with torch.random.fork_rng():
-        for stage in (_METHODS, _FORM, _RANDOM, _PROMISES, _PATH):
+    with torch.random.fork_rng(), torch.enable_grad():
+        for stage in _STAGES:
             for name, (check, cause) in stage.items():
                 torch.manual_seed(seed)
                 with _copied(model) as (twin, copied):
                     subject = Subject(twin, copied, x=x, k=k, seed=seed)
-                    findings.append(find(name, cause, lambda s=subject, check=check: check(s)))  # type: ignore[misc]
+                    finding = find(name, cause, lambda s=subject, check=check: check(s))  # type: ignore[misc]
+                if finding.passed is False and name in exempt:
+                    finding = Finding(name, None, f"exempt: {finding.message}")
+                findings.append(finding)
             if any(f.passed is False for f in findings):
                 break
     return findings
+
+
+def _parameters(model: Any) -> list[tuple[str, Any]]:
+    return list(model.named_parameters()) if isinstance(model, nn.Module) else []
 
 
 def _deep_copy(model: Any, state: Any) -> tuple[Any, Any]:
@@ -91,8 +117,15 @@ def _copied(model: Any) -> Iterator[tuple[Any, bool]]:
     store = pyro.get_param_store() if hasattr(pyro, "get_param_store") else None  # type: ignore[union-attr]
     try:
         twin, state = _deep_copy(model, store.get_state() if store is not None else None)
-    except Exception:  # what cannot be copied is used as it is
-        yield model, False
+    except Exception:  # what cannot be copied is used as it is, but for its buffers
+        buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
+        kept = [buffer.clone() for buffer in buffers]
+        try:
+            yield model, False
+        finally:
+            with torch.no_grad():
+                for buffer, value in zip(buffers, kept, strict=True):
+                    buffer.copy_(value)
         return
     with store.scope(state) if store is not None else nullcontext():
         yield twin, True
@@ -120,7 +153,8 @@ _FORM: _Stage = {
 _RANDOM: _Stage = {
     "seeds": (
         promises.seeds,
-        "random numbers that do not come from torch's global generator (numpy, an own or fixed seed)",
+        "random numbers that do not come from torch's global generator (numpy, an own or fixed seed), or noise that is "
+        "drawn once for all samples, whatever sample_shape says",
     ),
 }
 _PROMISES: _Stage = {
@@ -134,8 +168,12 @@ _PROMISES: _Stage = {
         promises.normalised,
         "a missing constant (log sd, log 2 pi), or a flow's log-determinant left out or of the wrong sign",
     ),
+    "gradcheck": (
+        model_gradients.gradcheck,
+        "detach, .data or no_grad in log p(x, h), or a straight-through step: the gradient is not log p's",
+    ),
     "gradients": (
-        promises.gradients,
+        model_gradients.gradients,
         "detach, .data, or sample() where rsample is meant; freeze unused parameters",
     ),
     "leak": (
@@ -155,3 +193,4 @@ _PATH: _Stage = {
         "its parameters",
     ),
 }
+_STAGES = (_METHODS, _FORM, _RANDOM, _PROMISES, _PATH)
