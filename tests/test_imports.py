@@ -6,9 +6,15 @@ import ast
 import json
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
+from packaging.requirements import Requirement
+
 import mcobjectives
+import mcobjectives_examples
 
 HEAVY = {"typer", "rich", "pyro", "torchvision", "matplotlib", "sklearn", "zuko", "mcobjectives_examples"}
 
@@ -67,3 +73,36 @@ def test_what_a_layer_knows_nothing_of():
     assert not reached["model"] & {"objective", "objectives", "estimators", "plugins"}
     assert not reached["estimators"] & {"objective", "objectives", "model", "plugins"}
     assert "objectives" not in set().union(*(reached[n] for n in ("model", "surrogate", "objective", "evaluation")))
+
+
+# Where an extra is needed, and may be missed in one line.
+EXTRAS = {
+    "pyro": ["mcobjectives/pyro"],
+    "figures": ["mcobjectives_examples/drawing.py"],
+    "tensorboard": ["mcobjectives_examples/logs.py"],
+}
+
+
+@pytest.mark.parametrize("package", [mcobjectives, mcobjectives_examples], ids=lambda package: package.__name__)
+def test_what_is_imported_is_what_is_required(package):
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    installs = packages_distributions()
+
+    def named(requirements: list[str]) -> set[str]:
+        return {Requirement(r).name.lower() for r in requirements}
+
+    root = Path(package.__file__).parent
+    for path in root.rglob("*.py"):
+        inside = str(path.relative_to(root.parent))
+        allowed = named(project["dependencies"])
+        for extra, places in EXTRAS.items():
+            if any(inside.startswith(place) for place in places):
+                allowed |= named(project["optional-dependencies"][extra])
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            paths = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                paths = [node.module]
+            for top in {p.partition(".")[0] for p in paths} - sys.stdlib_module_names:
+                if not top.startswith("mcobjectives"):
+                    found = {name.lower() for name in installs[top]}
+                    assert found & allowed, f"{inside} imports {top} of {', '.join(found)}, which is not required"
