@@ -1,6 +1,5 @@
 """The commands as typed: in this process where that shows the same, in real ones where signals or imports count."""
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -14,17 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
+from runs import EVERY_STEP, MCOBJ, wait_for
 
 from mcobjectives import cli
 from mcobjectives.cli import models
-from mcobjectives_examples import checkpoints, downloads, sources
+from mcobjectives_examples import checkpoints, downloads, engine, precision, presets, sources
+from mcobjectives_examples.binarisation import MODES
 from mcobjectives_examples.paper import paper
 
 COMMANDS = ("reproduce", "train", "evaluate", "figure", "report", "objectives", "data", "check")
 QUICK = ["--dataset", "digits", "--preset", "smoke", "--set", "passes=1", "--set", "nll_k=50", "--device", "cpu"]
 TABLE = ["reproduce", "--table", "1", *QUICK, "--set", "k=2"]
 REAL_DATA = os.environ.get("MCOBJECTIVES_DATA")  # before the tests take it away
-MAIN = "import sys; from mcobjectives.cli import main; sys.argv[0] = 'mcobj'; main()"
 
 
 @pytest.fixture
@@ -49,11 +50,29 @@ def mcobj(monkeypatch, capsys):
 
 def start(*arguments, before="", **options):
     """A real `mcobj` process; `before` is code that it runs first."""
-    command = [sys.executable, "-c", f"{before}\n{MAIN}", *map(str, arguments)]
+    command = [sys.executable, "-c", f"{before}\n{MCOBJ}", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 # Help.
+
+
+def test_the_help_lists_what_there_is():
+    commands = typer.main.get_command(cli.app).commands
+
+    def told(command, option):
+        return next(p.help for p in commands[command].params if p.name == option)
+
+    for command, option, choices in (
+        ("data", "names", sources.DATASETS),
+        ("reproduce", "dataset", sources.DATASETS),
+        ("train", "overrides", (*presets.CHANGEABLE, "k=N")),
+        ("train", "preset", presets.PRESETS),
+        ("train", "engine", engine.ENGINES),
+        ("train", "precision", precision.PRECISIONS),
+        ("train", "binarisation", MODES),
+    ):
+        assert all(choice in told(command, option) for choice in choices), (command, option)
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
@@ -533,24 +552,11 @@ def test_an_interrupt_that_a_library_turns_into_an_error_of_its_own_is_an_interr
     assert mcobj("data") == (130, "", "mcobj: interrupted\n")
 
 
-SLOW = "import mcobjectives_examples.training as t; t.SECONDS_BETWEEN_CHECKPOINTS = -1.0"
-
-
-def wait_for(process, path, writes=2):
-    """Until a file was written so many times."""
-    inode = None
-    while writes and process.poll() is None:
-        with contextlib.suppress(FileNotFoundError):
-            if (now := path.stat().st_ino) != inode:
-                inode, writes = now, writes - 1
-        time.sleep(0.001)
-
-
 @pytest.mark.slow
 def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(tmp_path):
     command = ["train", "--objective", "iwae(k=5)", *QUICK, "--set", "passes=8", "--engine", "eager", "--json"]
     checkpoint = tmp_path / "out" / "digits-once-1L-iwae-k-5-seed0.pt"
-    stopped = start(*command, "--out", tmp_path / "out", before=SLOW)
+    stopped = start(*command, "--out", tmp_path / "out", before=EVERY_STEP)
     wait_for(stopped, checkpoint)
     stopped.send_signal(signal.SIGINT)
     out, err = stopped.communicate()
@@ -617,7 +623,7 @@ def test_what_cannot_be_stacked_is_said(mcobj, tmp_path):
 @pytest.mark.parametrize(("number", "checkpoint"), [("1", "digits-once-2L-vae-k-1-seed0.pt"), ("10", "*-after-*.pt")])
 def test_a_table_killed_and_restarted_is_the_same(mcobj, tmp_path, number, checkpoint):
     table = ["reproduce", "--table", number, *QUICK, "--set", "k=2"]
-    killed = start(*table, "--out", tmp_path / "killed", before=SLOW)
+    killed = start(*table, "--out", tmp_path / "killed", before=EVERY_STEP)
     while killed.poll() is None and not list((tmp_path / "killed").glob(checkpoint)):
         time.sleep(0.001)
     killed.kill()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import CPU, MCOBJ
 
 from mcobjectives import cli
 from mcobjectives_examples import checkpoints
@@ -22,8 +23,6 @@ from mcobjectives_examples.presets import configured
 from mcobjectives_examples.side_by_side import run_side_by_side
 from mcobjectives_examples.training import Interrupted, TrainingError
 
-CPU = torch.device("cpu")
-MCOBJ = "import sys; from mcobjectives.cli import main; sys.argv[0] = 'mcobj'; main()"
 TABLE = ["reproduce", "--table=6", "--dataset=digits", "--seeds=2", "--set=k=3", "--set=passes=10000", "--set=nll_k=20"]
 TABLE += ["--set=batch_size=10", "--engine=eager", "--device=cpu", "--jobs=2"]
 

@@ -6,15 +6,11 @@ import time
 
 import pytest
 import torch
+from runs import CPU, TINY
 
 from mcobjectives_examples.config import Config
-from mcobjectives_examples.presets import get_preset
 from mcobjectives_examples.stacking import Stack, noise_apart, pays, stacks, train_together
 from mcobjectives_examples.training import Interrupted, Trainer, TrainingError
-
-CPU = torch.device("cpu")
-# 1500 images in batches of 400: three whole ones and one of 300.
-TINY = dataclasses.replace(get_preset("smoke"), stages=((3, 2e-3),), batch_size=400, nll_k=20)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from itertools import product
 
 import pytest
 import torch
-from runs import CPU, TINY, same, until
+from runs import CPU, EVERY_STEP, MCOBJ, TINY, same, until, wait_for
 
 from mcobjectives_examples import checkpoints, training
 from mcobjectives_examples.config import Config
@@ -85,16 +85,6 @@ def test_a_seed_out_of_range_is_refused(seed):
         Config("digits", "once", 1, "iwae(k=3)", TINY, seed)
 
 
-MCOBJ = """
-import sys
-from mcobjectives.cli import main
-from mcobjectives_examples import training
-training.SECONDS_BETWEEN_CHECKPOINTS = -1.0
-sys.argv = ["mcobj", *sys.argv[1:]]
-main()
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("engine_name", "binarisation"), [("eager", "once"), ("eager", "epoch"), ("compiled", "once")])
 def test_a_killed_run_ends_with_the_same_bits(trainer, tmp_path, engine_name, binarisation):
@@ -102,7 +92,17 @@ def test_a_killed_run_ends_with_the_same_bits(trainer, tmp_path, engine_name, bi
     whole = trainer("whole.pt", preset=preset, binarisation=binarisation, engine=engine_name)
     whole.run()
     assert whole.engine.name == engine_name
-    command = [sys.executable, "-c", MCOBJ, "train", "--dataset", "digits", "--objective", "iwae(k=3)", "--device=cpu"]
+    command = [
+        sys.executable,
+        "-c",
+        f"{EVERY_STEP}\n{MCOBJ}",
+        "train",
+        "--dataset",
+        "digits",
+        "--objective",
+        "iwae(k=3)",
+        "--device=cpu",
+    ]
     command += [f"--engine={engine_name}", "--set=passes=15", "--set=nll_k=20", "--set=batch_size=400"]
     command += ["--binarisation", binarisation, "--out", str(tmp_path / "out")]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -112,12 +112,8 @@ def test_a_killed_run_ends_with_the_same_bits(trainer, tmp_path, engine_name, bi
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     for writes, pause in ((3, 0.0), (4, 0.005)):
-        process, inode = start(), None
-        while writes and process.poll() is None:
-            with contextlib.suppress(FileNotFoundError):
-                if (now := checkpoint.stat().st_ino) != inode:
-                    inode, writes = now, writes - 1
-            time.sleep(0.0005)
+        process = start()
+        wait_for(process, checkpoint, writes)
         time.sleep(pause)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, process.stderr.read()

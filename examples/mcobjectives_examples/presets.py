@@ -111,7 +111,7 @@ PRESETS = {
 }
 
 
-_CHANGEABLE = ("passes", "batch_size", "nll_k", "test_images", "backward_samples")
+CHANGEABLE = ("passes", "batch_size", "nll_k", "test_images", "backward_samples")
 
 
 def configured(name: str, overrides: Sequence[str], precision: str | None = None) -> tuple[Preset, int | None]:
@@ -119,8 +119,8 @@ def configured(name: str, overrides: Sequence[str], precision: str | None = None
     preset, cap = get_preset(name), None
     for text in overrides:
         key, _, value = text.partition("=")
-        if key not in (*_CHANGEABLE, "k"):
-            raise ValueError(f"cannot set {text!r}: choose from {', '.join((*_CHANGEABLE, 'k'))}")
+        if key not in (*CHANGEABLE, "k"):
+            raise ValueError(f"cannot set {text!r}: choose from {', '.join((*CHANGEABLE, 'k'))}")
         least = 2 if key == "test_images" else 1  # no variance, hence no active units, of a single image
         if not value.isdecimal() or len(value) > 18 or int(value) < least:
             raise ValueError(f"{key} must be an integer of at least {least}, got {value!r}")
