@@ -90,27 +90,20 @@ def gradcheck(s: Subject) -> None:
     """The gradient of log p(x, h) in h and in each parameter is that of central differences, in float64."""
     if not s.copied:
         raise Unchecked("the model cannot be copied, and so not be tried in float64")
-    model: Any = s.model.double() if isinstance(s.model, nn.Module) else s.model
-    x = pytree.tree_map(_doubled, s.x)
     try:
+        model: Any = s.model.double() if isinstance(s.model, nn.Module) else s.model
+        x = pytree.tree_map(_doubled, s.x)
         with torch.no_grad():
             parts, structure = pytree.tree_flatten(draw(model.posterior(x), s.k))
             others = pytree.tree_leaves(draw(model.posterior(x), s.k))
-        # Between two draws, so that a step along the line from one to the other stays in the support.
-        directions = {
-            f"part {i} of h": other - part
-            for i, (part, other) in enumerate(zip(parts, others, strict=True))
-            if part.is_floating_point() and not is_whole(part)
-        }
-        for i, part in enumerate(parts):
-            if f"part {i} of h" in directions:
-                parts[i] = ((part + others[i]) / 2).requires_grad_()
-        places = {f"part {i} of h": part for i, part in enumerate(parts)} | trainable(model)
+        places: dict[str, tuple[Tensor, Tensor]] = {}  # and a direction at each
+        for i, (part, other) in enumerate(zip(parts, others, strict=True)):
+            if not is_whole(part):  # between two draws, so that a step towards one of them stays in the support
+                parts[i] = ((part + other) / 2).requires_grad_()
+                places[f"part {i} of h"] = parts[i], other - part
         generator = torch.Generator().manual_seed(s.seed)
-        directions |= {
-            name: torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1
-            for name, p in trainable(model).items()
-        }
+        for name, p in trainable(model).items():
+            places[name] = p, torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1
 
         def log_p() -> Tensor:
             torch.manual_seed(s.seed)
@@ -121,14 +114,11 @@ def gradcheck(s: Subject) -> None:
         raise Unchecked(f"log p(x, h) cannot be had in float64: {one_line(error)}") from None
     if value.dtype != torch.float64 or not torch.isfinite(value) or not torch.equal(value, again):
         raise Unchecked(f"log p(x, h) is {value.item():.9g}, then {again.item():.9g}, in {value.dtype}")
-    tensors = [places[name] for name in directions]
-    if not tensors:
+    if not places:
         raise Unchecked("log p(x, h) has neither continuous samples nor parameters")
+    tensors = [at for at, _ in places.values()]
     grads = torch.autograd.grad(value, tensors, allow_unused=True) if value.requires_grad else [None] * len(tensors)
-    told = [
-        _agrees(name, tensor, direction, grad, log_p)
-        for (name, direction), tensor, grad in zip(directions.items(), tensors, grads, strict=True)
-    ]
+    told = [_agrees(name, *places[name], gradient, log_p) for name, gradient in zip(places, grads, strict=True)]
     if not any(told):
         raise Unchecked("log p(x, h) is too rough for finite differences")
 
