@@ -43,7 +43,8 @@ def no_baseline_term(objective, log_w):
 def own_baseline(objective, log_w):
     """A baseline that looks at the sample itself."""
     g = objective.slopes(log_w)
-    return Weights(g, None, objective.tempering * g - (objective.reduce(log_w) - 0.5 * log_w))
+    own = torch.where(log_w.isfinite(), log_w, 0.0)
+    return Weights(g, None, objective.tempering * g - (objective.reduce(log_w) - 0.5 * own))
 
 
 def own_score(objective, log_w):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
+import dataclasses
 
 import torch
+from torch import Tensor
 
 from mcobjectives import plugins
+from mcobjectives.estimators import Weights
 from mcobjectives.messages import one_line
 from mcobjectives.objective import Objective
-from mcobjectives.plugins import Estimator
+from mcobjectives.plugins import Estimator, PluginError
+from mcobjectives.replay import require_no_parameters
 from mcobjectives.testing.exact import NAMES, Discrete, Exact, Gaussian
-from mcobjectives.testing.promises import extremes
-from mcobjectives.testing.report import Broken, Finding, Unchecked, find, verdict
-from mcobjectives.testing.sizes import first_possible
+from mcobjectives.testing.promises import extremes, zero_weight
+from mcobjectives.testing.report import Broken, Finding, Unchecked, find, quietly, verdict
+from mcobjectives.testing.sizes import first_possible, plainly, resized
 
 OWN = "mcobjectives"
 _NEED_SMOOTH = ("stl", "dreg")
@@ -44,35 +46,63 @@ def check_estimator(estimator: str | Estimator, *, unbiased: bool = True) -> lis
         >>> all(finding.passed is not False for finding in check_estimator("dreg"))
         True
     """
+    if not callable(estimator):
+        plugins.get_estimator(estimator)  # which says what is wrong with a name
     estimator = _by_name(estimator)
-    findings = [_weights_finding(estimator)]
-    if findings[0].passed:
-        biased = False
-        for key in own_names(plugins.OBJECTIVES):
-            objective = plugins.get_objective(key)()
-            findings.append(
-                find(key, _CAUSE_ESTIMATOR, lambda o=objective: _unbiased(o, estimator, phi=unbiased))  # type: ignore[misc]
-            )
-            biased = biased or (not unbiased and _is_biased(objective, estimator))
-        if all(finding.passed is not False for finding in findings):
-            tempered = plugins.get_objective("iwae")(kl_weight=0.5)
-            findings.append(find("kl_weight", _CAUSE_TEMPERING, lambda: _unbiased(tempered, estimator, phi=unbiased)))
-        if not unbiased and not biased:
-            words = "unbiased=False is declared, yet phi's gradient is right for every objective. Drop the declaration"
-            findings.append(Finding("unbiased", False, words))
+    with quietly(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        findings = _findings(estimator, unbiased)
     return verdict(f"estimator {_named(estimator)!r}", findings)
 
 
+def _findings(estimator: str | Estimator, unbiased: bool) -> list[Finding]:
+    findings = [find("weights", _CAUSE_WEIGHTS, lambda: _whole(_accepted(estimator)))]
+    if not findings[0].passed:
+        return findings
+    biased = False
+    for key in own_names(plugins.OBJECTIVES):
+        objective = plugins.get_objective(key)()
+        findings.append(
+            find(key, _CAUSE_ESTIMATOR, lambda o=objective: _unbiased(o, estimator, phi=unbiased))  # type: ignore[misc]
+        )
+        biased = biased or (not unbiased and _is_biased(objective, estimator))
+    if all(finding.passed is not False for finding in findings):
+        tempered = dataclasses.replace(_accepted(estimator), kl_weight=0.5)
+        findings.append(find("kl_weight", _CAUSE_TEMPERING, lambda: _unbiased(tempered, estimator, phi=unbiased)))
+        findings.append(find("k = 8", _CAUSE_SIZE, lambda: _unbiased_at_eight(estimator, phi=unbiased)))
+    if not unbiased and not biased:
+        words = "unbiased=False is declared, yet phi's gradient is right for every objective. Drop the declaration"
+        findings.append(Finding("unbiased", False, words))
+    return findings
+
+
 def estimator_findings(objective: Objective) -> list[Finding]:
-    """One finding for each of the library's estimators, and for the objective's own if that is another's."""
-    if objective.weighs_itself:  # and phi may follow something else
-        own = f"estimator {_named(objective.gradient)}"
-        return [find(own, _CAUSE_OBJECTIVE, lambda: _unbiased(objective, objective.gradient, phi=False))]
+    """One finding for each of the library's estimators, and for the objective's own if that is another's.
+
+    Of an objective with weights of its own: their form, theta's gradient, and phi's, which may follow something else.
+    """
+    if objective.weighs_itself:
+        findings = [find("weights", _CAUSE_WEIGHTS, lambda: _whole(objective))]
+        for name, check in (("weights: theta", _own_theta), ("weights: phi", _own_phi)):
+            if all(finding.passed is not False for finding in findings):
+                findings.append(find(name, _CAUSE_OBJECTIVE, lambda check=check: check(objective)))  # type: ignore[misc]
+        return findings
     findings = []
     for name in sorted({*own_names(plugins.ESTIMATORS), _by_name(objective.gradient)}, key=_named):
         label = f"estimator {_named(name)}"
         findings.append(find(label, _CAUSE_OBJECTIVE, lambda name=name: _valid(objective, name)))  # type: ignore[misc]
     return findings
+
+
+def _own_theta(objective: Objective) -> None:
+    _unbiased(objective, objective.gradient, phi=False)
+
+
+def _own_phi(objective: Objective) -> None:
+    try:
+        _unbiased(objective, objective.gradient, phi=True)
+    except Broken as other:
+        raise Unchecked(f"phi follows another target, or is biased: {other}") from None
 
 
 def _by_name(estimator: str | Estimator) -> str | Estimator:
@@ -109,12 +139,26 @@ def _valid(objective: Objective, name: str | Estimator) -> None:
 
 def _unbiased(objective: Objective, name: str | Estimator, *, phi: bool) -> None:
     small = _small(objective, name)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for exact in _problems(small):
-            error = _error(exact, small, phi=phi)
-            if error is not None:
-                raise Broken(f"with k = {small.k} and gradient={_named(name)!r}, {error}")
+    for exact in _problems(small):
+        _compare(exact, small, name, phi=phi)
+
+
+def _unbiased_at_eight(name: str | Estimator, *, phi: bool) -> None:
+    """By enumeration; of a pathwise estimator theta's gradient alone, which is exact with any few nodes."""
+    try:
+        eight = resized(_accepted(name), 8)
+    except ValueError as refused:
+        raise Unchecked(f"refused: {one_line(refused)}") from None
+    if eight.plan.path:
+        _compare(Gaussian(8), eight, name, phi=False)
+    else:
+        _compare(Discrete(8), eight, name, phi=phi)
+
+
+def _compare(exact: Exact, objective: Objective, name: str | Estimator, *, phi: bool) -> None:
+    error = _error(exact, objective, phi=phi)
+    if error is not None:
+        raise Broken(f"with k = {objective.k} and gradient={_named(name)!r}, {error}")
 
 
 def _is_biased(objective: Objective, name: str | Estimator) -> bool:
@@ -148,7 +192,7 @@ def _error(exact: Exact, objective: Objective, *, phi: bool) -> str | None:
     at, worst = int(off.argmax()), float(off.max())
     if worst <= tolerance:
         return None
-    if isinstance(exact, Gaussian) and worst < torch.inf:
+    if isinstance(exact, Gaussian) and at >= exact.thetas and worst < torch.inf:  # theta's needs no fine quadrature
         for fineness in (0.85, 0.7, 0.55):
             coarse = Gaussian(objective.k, fineness=fineness)
             change = gradient - true_gradient - (coarse.expected(objective)[1] - coarse.true(objective)[1])
@@ -161,7 +205,11 @@ def _error(exact: Exact, objective: Objective, *, phi: bool) -> str | None:
 
 
 def _with(objective: Objective, name: str | Estimator) -> Objective:
-    found = first_possible(objective, (objective.k,), gradient=name)
+    """The objective with this estimator; raises `ValueError` where that refuses it."""
+    try:
+        found = first_possible(objective, (objective.k,), gradient=name)
+    except PluginError as error:
+        raise Broken(one_line(error)) from error
     assert found is not None
     return found
 
@@ -169,52 +217,96 @@ def _with(objective: Objective, name: str | Estimator) -> Objective:
 def _small(objective: Objective, name: str | Estimator) -> Objective:
     """The objective with this estimator and few enough samples; with several groups, and so many that slopes jump."""
     sizes = (4, 2, 3) if hasattr(objective, "k1") else _SIZES if objective.smooth else (3, 4, 2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        plain = first_possible(objective, sizes, **_own_gradient(objective))
-        if plain is None:
-            raise Unchecked(f"the objective cannot be made with k = 2, 3 or 4, and k = {objective.k} is too large")
-        try:
-            return plain if plain.gradient == name else _with(plain, name)
-        except ValueError as refused:
-            raise Unchecked(f"refused: {one_line(refused)}") from None
-
-
-def _own_gradient(objective: Objective) -> dict[str, Any]:
-    return {} if objective.weighs_itself else {"gradient": "reparam"}
+    plain = first_possible(objective, sizes, **plainly(objective))
+    if plain is None:
+        raise Unchecked(f"the objective cannot be made with k = 2, 3 or 4, and k = {objective.k} is too large")
+    try:
+        small = plain if plain.gradient == name else _with(plain, name)
+        if not small.plan.plain:
+            require_no_parameters(small.reduce(torch.zeros(small.k, 1, dtype=torch.float64)))
+    except ValueError as refused:
+        raise Unchecked(f"refused: {one_line(refused)}") from None
+    return small
 
 
 def _is_linear(objective: Objective) -> bool:
     return not _small(objective, "reparam").slopes_vary
 
 
-def _weights_finding(name: str | Estimator) -> Finding:
-    def check() -> None:
-        objective = plugins.get_objective("iwae")(k=4, gradient=name)
-        for log_w in (torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), extremes(4).float()):
-            for letter, weight in zip("acs", objective.weights(log_w), strict=True):
-                if weight is None:
-                    continue
-                if weight.shape != log_w.shape or weight.dtype != log_w.dtype:
-                    raise Broken(
-                        f"{letter} is {tuple(weight.shape)} {weight.dtype} for log-weights {tuple(log_w.shape)} float32"
-                    )
-                if not bool(torch.isfinite(weight).all()):
-                    raise Broken(f"{letter} is NaN or infinite for log-weights of +-1e4")
-        log_w = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
-        again, whole = objective.weights(log_w), objective.weights(log_w)
-        if any(w is not None and not torch.equal(w, v) for w, v in zip(whole, again, strict=True) if v is not None):
-            return  # a baseline that learns, or chance
-        for j in range(3):
-            for letter, weight, alone in zip("acs", whole, objective.weights(log_w[:, j : j + 1]), strict=True):
-                if weight is None or alone is None:
-                    continue
-                if not torch.allclose(weight[:, j : j + 1], alone, rtol=1e-4, atol=1e-5):
-                    raise Broken(f"{letter} of a data point depends on the others in its batch")
-
-    return find("weights", "weights a, c, s that are not (k, batch) or None, or exp of log-weights", check)
+def _accepted(estimator: str | Estimator) -> Objective:
+    """The first of the library's objectives, with four samples, that the estimator does not refuse."""
+    refusals = []
+    for key in sorted(
+        own_names(plugins.OBJECTIVES), key=lambda key: key != "iwae"
+    ):  # whose F is finite at a zero weight
+        try:
+            return _with(resized(plugins.get_objective(key)(), 4), estimator)
+        except ValueError as refused:
+            refusals.append(f"{key}: {one_line(refused)}")
+    raise Broken(f"it refuses each of the library's objectives, such as {refusals[0]}")
 
 
+def _whole(objective: Objective) -> None:
+    """Raise unless the weights are arrays like the log-weights, finite, and of each data point alone, at any k."""
+    _sound(objective)
+    for k in (1, 8):
+        try:
+            other = resized(objective, k)
+        except PluginError as error:
+            raise Broken(f"with k = {k}, {one_line(error)}") from error
+        except (ValueError, TypeError):  # refused
+            continue
+        _sound(other)
+
+
+def _sound(objective: Objective) -> None:
+    k = objective.k
+    for log_w, what in (
+        (torch.randn(k, 3, generator=torch.Generator().manual_seed(0)), "ordinary log-weights"),
+        (extremes(k).float(), "log-weights of +-1e4"),
+        (zero_weight(k).float(), "log-weights of which one is -inf"),
+    ):
+        if not bool(objective.reduce(log_w).isfinite().all()):  # nor is there a bound to differentiate
+            continue
+        before = log_w.clone()
+        for letter, weight in _arrays(objective.weights(log_w)).items():
+            if weight.shape != log_w.shape or weight.dtype != log_w.dtype:
+                raise Broken(
+                    f"{letter} is {tuple(weight.shape)} {weight.dtype} for log-weights {tuple(log_w.shape)} float32"
+                )
+            if not bool(torch.isfinite(weight).all()):
+                raise Broken(f"{letter} is NaN or infinite for {what}, with k = {k}")
+        if not torch.equal(log_w, before):
+            raise Broken("the log-weights that it is given are changed", "an in-place operation (clamp_, -=, out=)")
+    log_w = torch.randn(k, 3, generator=torch.Generator().manual_seed(1))
+    again, whole = _arrays(objective.weights(log_w)), _arrays(objective.weights(log_w))
+    if any(not torch.equal(weight, again[letter]) for letter, weight in whole.items() if letter in again):
+        return  # a baseline that learns, or chance
+    double = _arrays(objective.weights(log_w.double()))
+    alone = [_arrays(objective.weights(log_w[:, j : j + 1])) for j in range(log_w.shape[1])]
+    for letter, weight in whole.items():
+        found = double.get(letter, torch.zeros_like(weight).double())
+        off = (weight - found).abs() / (1 + found.abs())
+        if found.dtype != torch.float64 or bool(off.max() > 1e-3):
+            at = int(off.argmax())
+            raise Broken(
+                f"{letter} is {weight.flatten()[at]:.6g} for log-weights in float32, and {found.flatten()[at]:.6g} in "
+                f"{found.dtype} for the same in float64, with k = {k}",
+                "a constant of one dtype, .float() or .double(), or a branch on the dtype",
+            )
+        for j, arrays in enumerate(alone):
+            if letter in arrays and not torch.allclose(weight[:, j : j + 1], arrays[letter], rtol=1e-4, atol=1e-5):
+                raise Broken(f"{letter} of a data point depends on the others in its batch", _CAUSE_BATCH)
+
+
+def _arrays(weights: Weights) -> dict[str, Tensor]:
+    """Those of a, c and s that are there."""
+    return {letter: weight for letter, weight in zip("acs", weights, strict=True) if weight is not None}
+
+
+_CAUSE_WEIGHTS = "weights a, c, s that are not (k, batch) or None, exp of log-weights, or a division by k - 1"
+_CAUSE_BATCH = "a mean over the batch as a baseline: a data point's own values then weight its own score"
+_CAUSE_SIZE = "a constant that is right at one k alone, or a branch on k"
 _CAUSE_OBJECTIVE = (
     "an override (weights, slopes, tempering, surrogate, analytic_kl) that does not match reduce, or a "
     "baseline that looks at its own sample"

@@ -79,7 +79,7 @@ class Gaussian(Exact):
     kind, thetas, start = "gaussian", 2, (0.7, 0.2, 0.5, -0.4)
 
     def __init__(self, k: int, fineness: float = 1.0) -> None:
-        n = int(fineness * {1: 64, 2: 64, 3: 32, 4: 16}[k])
+        n = int(fineness * {1: 64, 2: 64, 3: 32, 4: 16, 8: 3}[k])
         nodes, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(n))
         self.h = torch.cartesian_prod(*[nodes] * k).reshape(-1, k).T.contiguous()
         logs = torch.cartesian_prod(*[(weights / weights.sum()).log()] * k).reshape(-1, k).sum(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Set
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch.overrides import TorchFunctionMode
 from mcobjectives import derivatives
 from mcobjectives.messages import one_line
 from mcobjectives.objective import Objective
+from mcobjectives.testing.exact import Gaussian
 from mcobjectives.testing.report import Broken, Unchecked
-from mcobjectives.testing.sizes import first_possible, resized
+from mcobjectives.testing.sizes import first_possible, plainly, resized
 
 EXEMPTABLE = frozenset({"shift", "permutation", "one_sample", "bounds", "monotone"})
 """The properties that an objective may do without, if it says so: `exempt = frozenset({"permutation"})`."""
@@ -44,6 +46,13 @@ def extremes(k: int) -> Tensor:
     return log_w
 
 
+def zero_weight(k: int) -> Tensor:
+    """Ordinary log-weights, of which one is -inf, `(k, 1)`: p's support may end inside q's."""
+    log_w = log_weights(k, (1.0,), 1)
+    log_w[0] = -torch.inf
+    return log_w
+
+
 def _same(found: Tensor, expected: Tensor, what: str, tolerance: float = 1e-9) -> None:
     """Raise `Broken` with the worst pair, unless all are equal up to rounding at their size."""
     if found.shape != expected.shape:
@@ -65,9 +74,9 @@ def declaration(objective: Objective) -> None:
 
 
 def frozen_dataclass(objective: Objective) -> None:
-    known = {f.name for f in dataclasses.fields(objective)}
-    lost = [n for n, kind in vars(type(objective)).get("__annotations__", {}).items() if "ClassVar" not in str(kind)]
-    lost = [name for name in lost if name not in known]
+    known = type(objective).__dataclass_fields__  # with its InitVars
+    declared = {n: str(kind) for n, kind in vars(type(objective)).get("__annotations__", {}).items() if n not in known}
+    lost = [n for n, kind in declared.items() if "ClassVar" not in kind and "KW_ONLY" not in kind]
     if lost:
         raise Broken(f"{type(objective).__name__} declares {', '.join(lost)}, which its constructor does not know")
     if dataclasses.replace(objective) != objective or hash(dataclasses.replace(objective)) != hash(objective):
@@ -93,8 +102,17 @@ def pure(objective: Objective) -> None:
     if not torch.equal(log_w, before):
         raise Broken(f"reduce changed its input, at {int((log_w != before).sum())} of {log_w.numel()} log-weights")
     again = objective.reduce(log_w)
-    if not torch.equal(first, again):
-        raise Broken(f"reduce of the same log-weights gave {first[0]:.9g}, then {again[0]:.9g}")
+    changed = (first != again) & ~(first.isnan() & again.isnan())
+    if bool(changed.any()):
+        at = int(changed.nonzero()[0])
+        raise Broken(f"reduce of the same log-weights gave {first[at]:.17g}, then {again[at]:.17g}, at data point {at}")
+    if bool(first.isnan().any()):
+        at, count = int(first.isnan().nonzero()[0]), int(first.isnan().sum())
+        raise Broken(
+            f"reduce gives NaN at {count} of {len(first)} data points, one with log-weights between "
+            f"{log_w[:, at].min():.4g} and {log_w[:, at].max():.4g}",
+            "a logarithm, root or power of a negative number, or inf - inf after exp",
+        )
 
 
 def columns(objective: Objective) -> None:
@@ -160,25 +178,32 @@ def monotone(objective: Objective) -> None:
 
 def extreme(objective: Objective) -> None:
     for dtype in (torch.float64, torch.float32):
-        log_w = extremes(objective.k).to(dtype)
-        kinds = {"F": objective.reduce, "slopes": objective.slopes}
-        small = first_possible(objective, (8, 7, 6)) or objective
-        if small.k <= 8:
-            kinds["curvatures"] = small.curvatures
-            kinds |= {"leave_one_out": small.leave_one_out} if small.k > 1 else {}
-        for name, function in kinds.items():
-            found = function(log_w if name in ("F", "slopes") else extremes(small.k).to(dtype))
+        for name, (function, k) in _functions(objective).items():
+            found = function(extremes(k).to(dtype))
             bad = int((~torch.isfinite(found)).sum())
             if bad:
                 raise Broken(f"{name} is NaN or infinite at {bad} of {found.numel()} places for log-weights of +-1e4")
+        if objective.k > 1 and bool(objective.reduce(zero_weight(objective.k).to(dtype)).isnan().any()):
+            raise Broken("F is NaN where one log-weight is -inf", "-inf - (-inf), or a weight of 0 times -inf")
+
+
+def _functions(objective: Objective) -> dict[str, tuple[derivatives.Reduction, int]]:
+    """F and its derivatives, each with the k to ask it at: those that take k passes at few samples."""
+    small = first_possible(objective, (8, 7, 6)) or objective
+    found = {"F": (objective.reduce, objective.k), "slopes": (objective.slopes, objective.k)}
+    found |= {"curvatures": (small.curvatures, small.k)} if small.k <= 8 else {}
+    return found | ({"leave_one_out": (small.leave_one_out, small.k)} if 1 < small.k <= 8 else {})
 
 
 def dtype(objective: Objective) -> None:
-    for kind in (torch.float32, torch.float64):
-        log_w = log_weights(objective.k).to(kind)
-        for name, function in {"reduce": objective.reduce, "slopes": objective.slopes}.items():
-            if function(log_w).dtype != kind:
-                raise Broken(f"{name} of {kind} log-weights gives {function(log_w).dtype}")
+    for name, (function, k) in _functions(objective).items():
+        log_w = log_weights(k, (0.1, 1.0, 10.0)).float()
+        single, double = function(log_w), function(log_w.double())
+        for found, kind in ((single, torch.float32), (double, torch.float64)):
+            if found.dtype != kind:
+                raise Broken(f"{name} of {kind} log-weights gives {found.dtype}")
+        if name in ("F", "slopes"):  # curvatures may magnify rounding: those of a power mean by p squared
+            _same(single.double(), double, f"{name} in float32 is not that in float64", 1e-3)
 
 
 class _Factories(TorchFunctionMode):
@@ -211,15 +236,69 @@ class _Factories(TorchFunctionMode):
 
 
 def device(objective: Objective) -> None:
-    log_w = log_weights(objective.k)
+    try:
+        _on_meta(_moved(objective, "meta"))
+    except Broken:
+        raise
+    except Exception:  # it asks for numbers, and there are none on that device
+        _by_factories(objective)
+    if torch.cuda.is_available():
+        on_gpu, log_w = _moved(objective, "cuda"), log_weights(objective.k).cuda()
+        found = [on_gpu.reduce(log_w), on_gpu.slopes(log_w)]
+        if not all(part.is_cuda for part in found):
+            raise Broken(f"log-weights on the GPU give results on {found[0].device} and {found[1].device}")
+
+
+def _moved(objective: Objective, device: str) -> Objective:
+    """The objective with parameters of its own, which move with a model's, on another device."""
+    own = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)}
+    moved = {name: value.to(device) for name, value in own.items() if isinstance(value, torch.nn.Parameter)}
+    return dataclasses.replace(objective, **plainly(objective), **moved) if moved else objective
+
+
+def _on_meta(objective: Objective) -> None:
+    """Each function on tensors without numbers, which no tensor on the CPU mixes with: as on a GPU, but anywhere."""
+    for name, (function, k) in _functions(objective).items():
+        try:
+            found = function(log_weights(k).to("meta"))
+        except RuntimeError as error:
+            if "expected device" in str(error):
+                raise Broken(f"{name} of log-weights on another device fails: {one_line(error)}") from error
+            raise
+        if not found.is_meta:
+            raise Broken(f"{name} of log-weights on another device is on the {found.device.type}")
+
+
+def _by_factories(objective: Objective) -> None:
+    calls = [(function, log_weights(k)) for function, k in _functions(objective).values()]
     with _Factories() as made:
-        found = [objective.reduce(log_w), objective.slopes(log_w)]
+        for function, log_w in calls:
+            function(log_w)
     if made.found:
         raise Broken(f"{', '.join(sorted(made.found))} is called without device=log_w.device")
-    if torch.cuda.is_available():
-        found += [objective.reduce(log_w.cuda()), objective.slopes(log_w.cuda())]
-        if not all(part.is_cuda for part in found[2:]):
-            raise Broken(f"log-weights on the GPU give results on {found[2].device} and {found[3].device}")
+
+
+# Promises about its use.
+
+
+def loss(objective: Objective) -> None:
+    small = first_possible(objective, (2, 3, 4), **plainly(objective))
+    if small is None:
+        raise Unchecked(f"the objective cannot be made with k = 2, 3 or 4, and k = {objective.k} is too large")
+    exact = Gaussian(small.k, fineness=0.25)
+    model, x = exact.model(torch.tensor(exact.start, dtype=torch.float64, requires_grad=True)), exact.h[0]
+    expected = small.surrogate(model, x).detach()
+    _same(small(model, x).detach(), -expected.mean(), "objective(model, x) is not minus the mean of the surrogate")
+    _same(small.bound(model, x), expected, "bound(model, x) is not the value of the surrogate")
+    try:
+        whole, half = (dataclasses.replace(objective, kl_weight=t).tempering for t in (1.0, 0.5))
+    except ValueError:  # refused, as a Split does
+        return
+    if not math.isclose(half, whole / 2):
+        raise Broken(
+            f"tempering is {half:.9g} with kl_weight = 0.5, but {whole:.9g} with kl_weight = 1",
+            "a tempering of its own that leaves out self.kl_weight as a factor",
+        )
 
 
 # Promises about its derivatives.

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+
+from mcobjectives import estimators
+from mcobjectives.messages import one_line
+from mcobjectives.model import ModelError
 
 
 class Finding(NamedTuple):
@@ -26,7 +32,11 @@ class ConformanceError(AssertionError):
 
 
 class Broken(Exception):
-    """Raised within a check: the numbers that show what is broken."""
+    """Raised within a check: the numbers that show what is broken, and the cause where it is another than usual."""
+
+    def __init__(self, numbers: str, cause: str | None = None) -> None:
+        super().__init__(numbers)
+        self.cause = cause
 
 
 class Unchecked(Exception):
@@ -38,11 +48,14 @@ def find(name: str, cause: str, check: Callable[[], None]) -> Finding:
     try:
         check()
     except Broken as broken:
-        return Finding(name, False, f"{broken}. Usual cause: {cause}")
+        return Finding(name, False, f"{broken}. Usual cause: {broken.cause or cause}")
     except Unchecked as why:
         return Finding(name, None, str(why))
     except Exception as error:
-        return Finding(name, False, f"raised {type(error).__name__}: {error}. Usual cause: {cause}")
+        known = (
+            f". Usual cause: {cause}" if isinstance(error, ModelError) else ""
+        )  # of anything else it would be a guess
+        return Finding(name, False, f"raised {type(error).__name__}: {one_line(error)}{known}")
     return Finding(name, True)
 
 
@@ -51,3 +64,16 @@ def verdict(subject: Any, findings: list[Finding]) -> list[Finding]:
     if any(f.passed is False for f in findings):
         raise ConformanceError(subject, findings)
     return findings
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without warnings, even where they are errors; those that are given once are still to come afterwards."""
+    given = set(estimators._warned)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        estimators._warned.clear()
+        estimators._warned.update(given)

@@ -40,3 +40,8 @@ def first_possible(objective: Objective, sizes: tuple[int, ...], **changes: Any)
         except (ValueError, TypeError):
             continue
     return dataclasses.replace(objective, **PLAIN, **changes) if objective.k <= max(sizes) else None
+
+
+def plainly(objective: Objective) -> dict[str, Any]:
+    """The gradient with which it differentiates F itself, unless it has weights of its own."""
+    return {} if objective.weighs_itself else {"gradient": "reparam"}
