@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib.metadata import EntryPoint
 
 import pytest
 import torch
 from conformance import broken
 
-from mcobjectives import IWAE, Power, Weights, plugins
-from mcobjectives.estimators import require_smooth
+from mcobjectives import IWAE, PluginError, Power, Weights, estimators, plugins
+from mcobjectives.estimators import reparam, require_smooth, score
 from mcobjectives.testing import ConformanceError, check_estimator, check_objective
 from mcobjectives.testing.estimators import own_names
 from mcobjectives.testing.objectives import objective_findings
@@ -188,3 +189,180 @@ def test_stl_is_not_declared_unbiased():
     with pytest.raises(ConformanceError) as raised:
         check_estimator("stl")
     assert raised.value.properties == {"iwae", "power", "ciwae", "miwae"}
+
+
+# At one k, dtype or log-weight alone.
+
+
+def at(sizes, wrong, right=score):
+    """An estimator that is wrong at some numbers of samples."""
+    return lambda objective, log_w: (wrong if log_w.shape[0] in sizes else right)(objective, log_w)
+
+
+def wrong_sign(objective, log_w):
+    a, c, s = score(objective, log_w)
+    return Weights(a, c, -s)
+
+
+def divides_by_the_others(objective, log_w):
+    """A baseline of the other samples, of which one sample has none."""
+    g = objective.slopes(log_w)
+    others = (log_w.sum(0) - log_w) / (log_w.shape[0] - 1)
+    return Weights(g, None, objective.tempering * g - (objective.reduce(log_w) - others))
+
+
+def minus_infinite(objective, log_w):
+    """The same with a refusal of one sample: -inf - (-inf) where a weight is zero."""
+    if log_w.shape[0] < 2:
+        raise ValueError("needs at least two samples")
+    return divides_by_the_others(objective, log_w)
+
+
+def other_in_float32(objective, log_w):
+    return (score if log_w.dtype == torch.float64 else wrong_sign)(objective, log_w)
+
+
+def doubles(objective, log_w):
+    return score(objective, log_w)._replace(s=score(objective, log_w).s.double())
+
+
+def singles(objective, log_w):
+    return score(objective, log_w)._replace(s=score(objective, log_w).s.float())
+
+
+def in_place(objective, log_w):
+    weights = score(objective, log_w)
+    log_w -= log_w.amax(0)
+    return weights
+
+
+def crashes_at_one(objective, log_w):
+    return score(objective, log_w)._replace(a=objective.slopes(log_w) * (1 / (log_w.shape[0] - 1) > 0))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "where", "why"),
+    [
+        (at({1}, divides_by_the_others), "weights", "s is NaN or infinite for .*, with k = 1"),
+        (minus_infinite, "weights", "s is NaN or infinite for log-weights of which one is -inf, with k = 4"),
+        (other_in_float32, "weights", "s is .* for log-weights in float32, and .* in torch.float64 for the same"),
+        (doubles, "weights", r"s is \(4, 3\) torch.float64 for log-weights \(4, 3\) float32"),
+        (singles, "weights", "and .* in torch.float32 for the same in float64"),
+        (in_place, "weights", "the log-weights that it is given are changed.* an in-place operation"),
+        (crashes_at_one, "weights", "with k = 1, .* ZeroDivisionError"),
+        (at({1}, lambda o, log_w: Weights(log_w / 0, None, log_w)), "weights", "a is NaN .* with k = 1"),
+        (at({8}, lambda o, log_w: Weights(log_w / 0, None, log_w)), "weights", "a is NaN .* with k = 8"),
+        (at({8}, wrong_sign), "k = 8", "with k = 8 .* the expected gradient of phi"),
+        (at({8}, lambda o, log_w: reparam(o, log_w)._replace(a=log_w.softmax(0) / 2), reparam), "k = 8", "of theta"),
+    ],
+)
+def test_what_is_wrong_at_one_size_dtype_or_weight_alone_is_found(estimator, where, why):
+    with pytest.raises(ConformanceError, match=why) as raised:
+        check_estimator(estimator)
+    assert raised.value.properties == {where}
+
+
+def test_what_is_right_at_two_samples_alone_is_found():
+    with pytest.raises(ConformanceError, match=r"with k = 3 .*\n.*with k = 4 ") as raised:
+        check_estimator(at({3, 4}, wrong_sign))
+    assert raised.value.properties == {"median", "miwae"}
+
+
+def slight_batch_baseline(objective, log_w):
+    a, c, s = score(objective, log_w)
+    return Weights(a, c, s + 0.01 * objective.reduce(log_w).mean())
+
+
+def test_a_baseline_that_is_a_little_of_the_batch_is_found():
+    with pytest.raises(
+        ConformanceError, match=r"depends on the others in its batch\. Usual cause: a mean over"
+    ) as raised:
+        check_estimator(slight_batch_baseline)
+    assert raised.value.properties == {"weights"}
+
+
+def scaled(factor):
+    return lambda objective, log_w: score(objective, log_w)._replace(a=factor * objective.slopes(log_w))
+
+
+@pytest.mark.parametrize(("factor", "found"), [(1.005, {"iwae", "power", "vae"}), (1.02, {"median"})])
+def test_an_estimator_a_touch_off_is_found(factor, found):
+    with pytest.raises(ConformanceError, match="gradient of theta") as raised:
+        check_estimator(scaled(factor))
+    assert raised.value.properties >= found
+
+
+# What it refuses, and what breaks it.
+
+
+def crashes_beside_iwae(objective, log_w):
+    return Weights(objective.no_such_thing, None, None) if type(objective) is not IWAE else score(objective, log_w)
+
+
+def test_an_estimator_that_crashes_has_not_refused():
+    with pytest.raises(ConformanceError, match="does not work with CIWAE: AttributeError") as raised:
+        check_estimator(crashes_beside_iwae)
+    assert raised.value.properties == {"ciwae", "l_alpha", "median", "miwae", "power", "vae"}
+    findings = objective_findings(Power(k=4, gradient=at({2}, crashes_beside_iwae)))
+    assert {f.property for f in findings if f.passed is False} == {"estimator <lambda>"}
+
+
+def linear_alone(objective, log_w):
+    if not objective.linear:
+        raise ValueError("needs a linear objective")
+    return score(objective, log_w)
+
+
+def linear_and_wrong(objective, log_w):
+    linear_alone(objective, log_w)
+    return wrong_sign(objective, log_w)
+
+
+def refuses_everything(objective, log_w):
+    raise ValueError("not today")
+
+
+def test_an_estimator_is_checked_where_it_does_not_refuse():
+    findings = {f.property: f for f in check_estimator(linear_alone)}
+    assert findings["weights"].passed and findings["vae"].passed and findings["kl_weight"].passed
+    assert findings["iwae"].passed is None and findings["iwae"].message == "refused: needs a linear objective"
+    with pytest.raises(ConformanceError) as raised:
+        check_estimator(linear_and_wrong)
+    assert raised.value.properties == {"l_alpha", "vae"}
+    with pytest.raises(ConformanceError, match="refuses each of the library's objectives, such as iwae: not today"):
+        check_estimator(refuses_everything)
+
+
+def test_a_name_that_is_not_known_is_said_to_be():
+    with pytest.raises(PluginError, match=r"^unknown estimator 'typo': choose from dreg, "):
+        check_estimator("typo")
+
+
+# What it leaves as it was.
+
+
+def by_chance(objective, log_w):
+    """An unbiased baseline drawn anew, which no finite number of draws makes exact."""
+    a, c, s = score(objective, log_w)
+    return Weights(a, c, s * 2 * (torch.rand(log_w.shape[1]) < 0.5))
+
+
+def test_random_numbers_come_from_a_seed_and_are_given_back():
+    messages = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        with pytest.raises(ConformanceError) as raised:
+            check_estimator(by_chance)
+        assert torch.equal(torch.get_rng_state(), before)
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
+
+
+def test_warnings_are_kept_inside_and_still_to_come(monkeypatch):
+    monkeypatch.setattr(estimators, "_warned", set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_estimator("stl", unbiased=False)
+    with pytest.warns(UserWarning, match="gradient='stl' is biased for IWAE"):
+        IWAE(k=8, gradient="stl")

@@ -83,9 +83,9 @@ def estimator_findings(objective: Objective) -> list[Finding]:
     """
     if objective.weighs_itself:
         findings = [find("weights", _CAUSE_WEIGHTS, lambda: _whole(objective))]
-        for name, check in (("weights: theta", _own_theta), ("weights: phi", _own_phi)):
+        for label, check in (("weights: theta", _own_theta), ("weights: phi", _own_phi)):
             if all(finding.passed is not False for finding in findings):
-                findings.append(find(name, _CAUSE_OBJECTIVE, lambda check=check: check(objective)))  # type: ignore[misc]
+                findings.append(find(label, _CAUSE_OBJECTIVE, lambda check=check: check(objective)))  # type: ignore[misc]
         return findings
     findings = []
     for name in sorted({*own_names(plugins.ESTIMATORS), _by_name(objective.gradient)}, key=_named):

@@ -190,6 +190,7 @@ def extreme(objective: Objective) -> None:
 def _functions(objective: Objective) -> dict[str, tuple[derivatives.Reduction, int]]:
     """F and its derivatives, each with the k to ask it at: those that take k passes at few samples."""
     small = first_possible(objective, (8, 7, 6)) or objective
+    found: dict[str, tuple[derivatives.Reduction, int]]
     found = {"F": (objective.reduce, objective.k), "slopes": (objective.slopes, objective.k)}
     found |= {"curvatures": (small.curvatures, small.k)} if small.k <= 8 else {}
     return found | ({"leave_one_out": (small.leave_one_out, small.k)} if 1 < small.k <= 8 else {})
@@ -252,7 +253,9 @@ def device(objective: Objective) -> None:
 def _moved(objective: Objective, device: str) -> Objective:
     """The objective with parameters of its own, which move with a model's, on another device."""
     own = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)}
-    moved = {name: value.to(device) for name, value in own.items() if isinstance(value, torch.nn.Parameter)}
+    moved: dict[str, Any] = {
+        name: value.to(device) for name, value in own.items() if isinstance(value, torch.nn.Parameter)
+    }
     return dataclasses.replace(objective, **plainly(objective), **moved) if moved else objective
 
 
