@@ -63,6 +63,7 @@ VARIANTS = [
     Power(k=6, p=1000.0),
     Split(generative=IWAE(k=6), inference=MIWAE(k1=3, k2=2)),
     Split(generative=IWAE(k=4), inference=Power(k=4, p=0.5, gradient="vimco")),
+    Split(generative=IWAE(k=4), inference=VAE(k=4, gradient="score")),
 ]
 
 

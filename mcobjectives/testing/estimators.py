@@ -209,7 +209,7 @@ def _with(objective: Objective, name: str | Estimator) -> Objective:
     try:
         found = first_possible(objective, (objective.k,), gradient=name)
     except PluginError as error:
-        raise Broken(one_line(error)) from error
+        raise Broken(one_line(error), _CAUSE_CRASH) from error
     assert found is not None
     return found
 
@@ -243,7 +243,10 @@ def _accepted(estimator: str | Estimator) -> Objective:
             return _with(resized(plugins.get_objective(key)(), 4), estimator)
         except ValueError as refused:
             refusals.append(f"{key}: {one_line(refused)}")
-    raise Broken(f"it refuses each of the library's objectives, such as {refusals[0]}")
+    raise Broken(
+        f"it refuses each of the library's objectives, such as {refusals[0]}",
+        "a refusal that is too wide, or weights a, c, s that are not (k, batch) or None",
+    )
 
 
 def _whole(objective: Objective) -> None:
@@ -253,7 +256,7 @@ def _whole(objective: Objective) -> None:
         try:
             other = resized(objective, k)
         except PluginError as error:
-            raise Broken(f"with k = {k}, {one_line(error)}") from error
+            raise Broken(f"with k = {k}, {one_line(error)}", _CAUSE_CRASH) from error
         except (ValueError, TypeError):  # refused
             continue
         _sound(other)
@@ -262,23 +265,25 @@ def _whole(objective: Objective) -> None:
 def _sound(objective: Objective) -> None:
     k = objective.k
     for log_w, what in (
-        (torch.randn(k, 3, generator=torch.Generator().manual_seed(0)), "ordinary log-weights"),
+        (_ordinary(k, seed=0), "ordinary log-weights"),
         (extremes(k).float(), "log-weights of +-1e4"),
         (zero_weight(k).float(), "log-weights of which one is -inf"),
     ):
         if not bool(objective.reduce(log_w).isfinite().all()):  # nor is there a bound to differentiate
             continue
-        before = log_w.clone()
+        before, zero = log_w.clone(), bool(log_w.isinf().any())
         for letter, weight in _arrays(objective.weights(log_w)).items():
             if weight.shape != log_w.shape or weight.dtype != log_w.dtype:
                 raise Broken(
                     f"{letter} is {tuple(weight.shape)} {weight.dtype} for log-weights {tuple(log_w.shape)} float32"
                 )
-            if not bool(torch.isfinite(weight).all()):
+            # What phi follows by an objective's own weights may be -inf at a zero weight, where its F is finite.
+            infinite = weight.isnan() if letter != "a" and objective.weighs_itself and zero else ~weight.isfinite()
+            if bool(infinite.any()):
                 raise Broken(f"{letter} is NaN or infinite for {what}, with k = {k}")
         if not torch.equal(log_w, before):
             raise Broken("the log-weights that it is given are changed", "an in-place operation (clamp_, -=, out=)")
-    log_w = torch.randn(k, 3, generator=torch.Generator().manual_seed(1))
+    log_w = _ordinary(k, seed=1)
     again, whole = _arrays(objective.weights(log_w)), _arrays(objective.weights(log_w))
     if any(not torch.equal(weight, again[letter]) for letter, weight in whole.items() if letter in again):
         return  # a baseline that learns, or chance
@@ -299,6 +304,10 @@ def _sound(objective: Objective) -> None:
                 raise Broken(f"{letter} of a data point depends on the others in its batch", _CAUSE_BATCH)
 
 
+def _ordinary(k: int, seed: int) -> Tensor:
+    return torch.randn(k, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+
+
 def _arrays(weights: Weights) -> dict[str, Tensor]:
     """Those of a, c and s that are there."""
     return {letter: weight for letter, weight in zip("acs", weights, strict=True) if weight is not None}
@@ -306,6 +315,9 @@ def _arrays(weights: Weights) -> dict[str, Tensor]:
 
 _CAUSE_WEIGHTS = "weights a, c, s that are not (k, batch) or None, exp of log-weights, or a division by k - 1"
 _CAUSE_BATCH = "a mean over the batch as a baseline: a data point's own values then weight its own score"
+_CAUSE_CRASH = (
+    "an error in its own code: what refuses an objective, or a k, raises ValueError and says what to use instead"
+)
 _CAUSE_SIZE = "a constant that is right at one k alone, or a branch on k"
 _CAUSE_OBJECTIVE = (
     "an override (weights, slopes, tempering, surrogate, analytic_kl) that does not match reduce, or a "
