@@ -335,6 +335,24 @@ def test_an_estimator_is_checked_where_it_does_not_refuse():
         check_estimator(refuses_everything)
 
 
+def untempered_alone(objective, log_w):
+    if objective.kl_weight != 1:
+        raise ValueError("needs kl_weight = 1")
+    return score(objective, log_w)
+
+
+def four_alone(objective, log_w):
+    if log_w.shape[0] > 4:
+        raise ValueError("needs four samples at most")
+    return score(objective, log_w)
+
+
+@pytest.mark.parametrize(("estimator", "where"), [(untempered_alone, "kl_weight"), (four_alone, "k = 8")])
+def test_a_refusal_of_an_option_is_a_refusal(estimator, where):
+    findings = check_estimator(estimator)
+    assert {f.property for f in findings if f.passed is None} == {where}
+
+
 def test_a_name_that_is_not_known_is_said_to_be():
     with pytest.raises(PluginError, match=r"^unknown estimator 'typo': choose from dreg, "):
         check_estimator("typo")

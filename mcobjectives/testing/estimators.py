@@ -31,8 +31,9 @@ def own_names(group: str) -> list[str]:
 def check_estimator(estimator: str | Estimator, *, unbiased: bool = True) -> list[Finding]:
     """Check a gradient estimator on each of the library's objectives that it does not refuse.
 
-    Its weights must be `(k, batch)` and finite at extreme log-weights; its expected gradient is set against exact ones.
-    One finding an objective, and one for a `kl_weight` other than one.
+    Its weights must be `(k, batch)`, the same in both dtypes, and finite at extreme log-weights, -inf among them, for
+    one sample (which it may refuse) and several; its expected gradient is set against exact ones. One finding an
+    objective, one for a `kl_weight` other than one, and one for eight samples.
 
     Args:
         estimator: a function (objective, log_weights) -> (a, c, s), or the name that one is registered under.
@@ -41,6 +42,7 @@ def check_estimator(estimator: str | Estimator, *, unbiased: bool = True) -> lis
 
     Raises:
         ConformanceError: naming each objective, the numbers, and the usual cause.
+        PluginError: for a name that is not an installed estimator's.
 
     Example:
         >>> all(finding.passed is not False for finding in check_estimator("dreg"))
@@ -67,7 +69,7 @@ def _findings(estimator: str | Estimator, unbiased: bool) -> list[Finding]:
         )
         biased = biased or (not unbiased and _is_biased(objective, estimator))
     if all(finding.passed is not False for finding in findings):
-        tempered = dataclasses.replace(_accepted(estimator), kl_weight=0.5)
+        tempered = dataclasses.replace(_accepted(estimator), gradient="reparam", kl_weight=0.5)
         findings.append(find("kl_weight", _CAUSE_TEMPERING, lambda: _unbiased(tempered, estimator, phi=unbiased)))
         findings.append(find("k = 8", _CAUSE_SIZE, lambda: _unbiased_at_eight(estimator, phi=unbiased)))
     if not unbiased and not biased:
