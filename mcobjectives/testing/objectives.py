@@ -100,7 +100,7 @@ _PROMISES: _Stage = {
     "monotone": (promises.monotone, "a wrong sign, or a term that is subtracted"),
     "extreme": (promises.extreme, "exp before log: stay in log space (torch.logsumexp, mcobjectives.reductions)"),
     "dtype": (promises.dtype, ".double(), .float(), or torch.tensor(...) without dtype=log_w.dtype"),
-    "device": (promises.device, "a factory function in reduce: give it device=log_w.device, or use log_w.new_zeros"),
+    "device": (promises.device, "a tensor made on the CPU: give it device=log_w.device, or use log_w.new_zeros"),
     "gradcheck": (promises.gradcheck, "detach, .item() or torch.no_grad in reduce, or a wrong custom backward"),
     "continuous": (promises.continuous, "torch.where or a threshold: pathwise gradients miss what F jumps"),
     "smooth": (promises.smooth, "the wrong `smooth`: False goes with slopes that jump (a median, a maximum)"),
