@@ -52,10 +52,9 @@ def find(name: str, cause: str, check: Callable[[], None]) -> Finding:
     except Unchecked as why:
         return Finding(name, None, str(why))
     except Exception as error:
-        known = (
-            f". Usual cause: {cause}" if isinstance(error, ModelError) else ""
-        )  # of anything else it would be a guess
-        return Finding(name, False, f"raised {type(error).__name__}: {one_line(error)}{known}")
+        # Only what the library says of a model has the check's usual cause: of any other error it would be a guess.
+        usual = f". Usual cause: {cause}" if isinstance(error, ModelError) else ""
+        return Finding(name, False, f"raised {type(error).__name__}: {one_line(error)}{usual}")
     return Finding(name, True)
 
 
