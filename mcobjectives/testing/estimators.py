@@ -238,9 +238,8 @@ def _is_linear(objective: Objective) -> bool:
 def _accepted(estimator: str | Estimator) -> Objective:
     """The first of the library's objectives, with four samples, that the estimator does not refuse."""
     refusals = []
-    for key in sorted(
-        own_names(plugins.OBJECTIVES), key=lambda key: key != "iwae"
-    ):  # whose F is finite at a zero weight
+    iwae_first = sorted(own_names(plugins.OBJECTIVES), key=lambda key: key != "iwae")  # finite at a zero weight
+    for key in iwae_first:
         try:
             return _with(resized(plugins.get_objective(key)(), 4), estimator)
         except ValueError as refused:

@@ -17,7 +17,7 @@ from mcobjectives.arguments import require_count
 from mcobjectives.testing import model_gradients
 from mcobjectives.testing import model_promises as promises
 from mcobjectives.testing.model_promises import Subject
-from mcobjectives.testing.report import Finding, find, verdict
+from mcobjectives.testing.report import Finding, find, quietly, verdict
 
 
 def check_model(model: Any, x: Any, *, k: int = 4, seed: int = 0, exempt: Set[str] = frozenset()) -> list[Finding]:
@@ -75,7 +75,7 @@ def check_model(model: Any, x: Any, *, k: int = 4, seed: int = 0, exempt: Set[st
 def model_findings(model: Any, x: Any, *, k: int = 4, seed: int = 0, exempt: Set[str] = frozenset()) -> list[Finding]:
     """The finding for each property, good and bad. What rests on a broken property is not checked."""
     findings: list[Finding] = []
-    with torch.random.fork_rng(), torch.enable_grad():
+    with quietly(), torch.random.fork_rng(), torch.enable_grad():
         for stage in _STAGES:
             for name, (check, cause) in stage.items():
                 torch.manual_seed(seed)
