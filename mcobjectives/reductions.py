@@ -27,7 +27,8 @@ def log_power_mean(log_w: Tensor, p: float) -> Tensor:
         return log_mean_exp(p * log_w) / p
     # For small p the logarithm is of a number near one: expm1 / log1p keep the digits that logsumexp / p loses.
     anchor = (log_w.amax(0) if p > 0 else log_w.amin(0)).detach()
-    return anchor + torch.log1p(torch.expm1(p * (log_w - anchor)).mean(0)) / p
+    mean = anchor + torch.log1p(torch.expm1(p * (log_w - anchor)).mean(0)) / p
+    return mean if p > 0 else torch.where(anchor == -torch.inf, anchor, mean)
 
 
 def log_median(log_w: Tensor) -> Tensor:

@@ -59,6 +59,7 @@ VARIANTS = [
     MIWAE(k1=1, k2=8),
     MIWAE(k1=8, k2=1),
     Power(k=6, p=-3.0),
+    Power(k=6, p=-1e-3),
     Power(k=6, p=1e-7),
     Power(k=6, p=1000.0),
     Split(generative=IWAE(k=6), inference=MIWAE(k1=3, k2=2)),
