@@ -286,7 +286,7 @@ def record(folder: Path, config, *, metrics=MappingProxyType({}), **preset) -> N
         },
     }
     result["config"]["preset"] |= preset
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{config.name}.json").write_text(json.dumps(result))
 
 
@@ -346,7 +346,7 @@ def test_schedules_are_compared_by_the_bound_at_the_ends_of_stages(tmp_path):
     record(tmp_path / "short", Config("binarized_mnist", "fixed", 1, "vae(k=1)", get_preset("short")))
     record(tmp_path / "short", Config("binarized_mnist", "fixed", 1, "vae(k=5)", get_preset("short")))
     faster = get_preset("bgs16").with_passes(364)
-    record(tmp_path / "schedule", Config("binarized_mnist", "fixed", 1, "vae(k=1)", faster))
+    record(tmp_path / "schedule" / "1093", Config("binarized_mnist", "fixed", 1, "vae(k=1)", faster))
     cycle, slow, fast = hooks.schedules().splitlines()[2:5]
     assert cycle == "| one cycle, peak 0.002 | 140 | -3988.0 | -3961.0 | -3880.0 |  |  |  | 87.65 | 3.21 |"
     assert slow.startswith("| 0.0001 to 1e-05 | 3280 | -3988.0 |") and slow.endswith(

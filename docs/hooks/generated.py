@@ -160,7 +160,7 @@ AFTER = tuple(accumulate(passes for passes, _ in PRESETS["paper"].stages))[2:]
 def schedules() -> str:
     """The one-layer VAE of one sample by each recorded protocol: its training bound on the way, and its NLL."""
     lines, results = [], []
-    for folder in (*_folders(), RESULTS / "schedule"):
+    for folder in (*_folders(), *sorted((RESULTS / "schedule").glob("*"))):
         for config, result in _held(folder)[0].items():
             alike = Config("binarized_mnist", "fixed", 1, "vae(k=1)", config.preset)
             if config != alike:
