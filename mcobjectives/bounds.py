@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from mcobjectives.analytic import expected_log_ratio
 from mcobjectives.context import cast_anew, generators_at, may_synchronise, refuse_transforms, rng_state, same_state
 from mcobjectives.derivatives import reduced
-from mcobjectives.estimators import warn_once
+from mcobjectives.estimators import Weights, warn_once
 from mcobjectives.model import Density, Latent, ModelError, likelihood, log_joint, require
 from mcobjectives.replay import replayed, require_unchanged
 from mcobjectives.resampling import select
@@ -57,7 +57,7 @@ class BatchBound:
         bound = self._reduce(found.log_w)
         if self.plan.plain:
             return bound
-        weights = self.objective.weights(found.log_w)
+        weights = Weights(*self.objective.weights(found.log_w))
         ratio.of(weights)
         return with_value(found.weighted_sum(weights), bound)
 
@@ -68,7 +68,7 @@ class BatchBound:
             check_differentiable(first, self.log_q(pytree.tree_map(torch.Tensor.detach, first)) if q is None else q)
         states: list[Any] = []
         log_w = self._log_weights(states)
-        weights = self.objective.weights(log_w)
+        weights = Weights(*self.objective.weights(log_w))
 
         def share(chunk: int) -> Tensor:
             start, stop = self._chunks()[chunk]
@@ -95,7 +95,7 @@ class BatchBound:
             _require_rows(h, log_w.shape[1])
         bound = self._reduce(log_w)
         with torch.no_grad():
-            arrays = self.objective.weights(log_w)
+            arrays = Weights(*self.objective.weights(log_w))
             importance = torch.stack([w.abs() for w in arrays if w is not None]).amax(0)
             # In float64: float32 draws an exact 0, which favours the first sample however small, once in 2^24 times.
             offset = torch.rand(log_w.shape[1], dtype=torch.float64, device=log_w.device)

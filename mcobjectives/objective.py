@@ -177,7 +177,7 @@ class Objective(ABC):
         try:
             return plugins.get_estimator(self.gradient)
         except plugins.PluginError as error:
-            raise plugins.PluginError(f"gradient: {error}") from None
+            raise plugins.PluginError(f"gradient: {error}") from error
 
     @cached_property
     def plan(self) -> Plan:

@@ -420,3 +420,21 @@ def test_gradients_of_sparse_embeddings_stay_sparse(gradient):
     [once] = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
     with pytest.raises(RuntimeError, match="a second derivative of this loss would be incomplete"):
         once.to_dense().pow(2).sum().backward()
+
+
+@dataclass(frozen=True)
+class TupleOfWeights(IWAE):
+    """Weights of its own, as a plain tuple."""
+
+    def weights(self, log_w):
+        g = self.slopes(log_w)
+        return g, g, None
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 2}, {"backward_samples": 2}])
+def test_an_objectives_own_weights_may_be_a_tuple(options):
+    model = LinearGaussian()
+    x = model.data()
+    _, found = loss_gradient(TupleOfWeights(k=4, **options), model, x)
+    _, expected = loss_gradient(IWAE(k=4, gradient="stl", **options), model, x)
+    assert_same(found, expected, 1e-12)

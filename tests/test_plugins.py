@@ -287,6 +287,9 @@ def test_the_command_line_lists_every_broken_plugin_and_all_that_works(install, 
     assert not found["iwae"]["error"] and {"dreg", "score"} <= set(found["iwae"]["estimators"])
     half, pi, vimco = sorted(err.splitlines())
     assert half.startswith("broken: estimator 'acme_half' of acme-gradients (acme_gradients:half) cannot be loaded")
+    with pytest.raises(PluginError, match=r"^gradient: estimator 'acme_half' of acme-gradients") as broken:
+        IWAE(k=3, gradient="acme_half")
+    assert isinstance(broken.value.__cause__.__cause__, (ImportError, AttributeError))  # with its own traceback
     assert pi.startswith("broken: estimator 'acme_pi' of acme-gradients is 3.14")
     assert vimco == "broken: estimator 'vimco' is claimed by acme-rival and mcobjectives: uninstall one of them"
 

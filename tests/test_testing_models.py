@@ -8,7 +8,16 @@ import re
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Bernoulli, Categorical, Dirichlet, Independent, LogNormal, Normal, Uniform
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Dirichlet,
+    Independent,
+    LogNormal,
+    Normal,
+    OneHotCategorical,
+    Uniform,
+)
 
 from mcobjectives.testing import ConformanceError, check_model
 from mcobjectives.testing.models import model_findings
@@ -882,3 +891,122 @@ def test_lazy_layers_are_to_be_run_first(x):
 def test_a_model_is_checked_under_no_grad_too(x):
     with torch.no_grad():
         check_model(Gaussian(), x)
+
+
+class OneHot(Gaussian):
+    """Four values of h, of which p rules out two, with the joint given too."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def posterior(self, x):
+        return OneHotCategorical(logits=self.encoder(x))
+
+    def log_prior(self, h):
+        return torch.where(h[..., :2].sum(-1) > 0, -torch.inf, math.log(0.5))
+
+    def log_joint(self, x, h):
+        return self.log_likelihood(x, h) + self.log_prior(h)
+
+
+def test_values_that_p_rules_out_are_no_failure_of_a_joint_or_of_seeds():
+    x = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    found = {f.property: f for f in check_model(OneHot(), x)}
+    assert found["log_joint"].passed and found["seeds"].passed and found["gradients"].passed
+
+
+class Rectified(Discrete):
+    """h of zero and a bias of zero: a kink that is hit."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
+        nn.init.zeros_(self.decoder[0].bias)
+
+
+class Clamped(Gaussian):
+    def __init__(self):
+        super().__init__()
+        self.log_sd = nn.Parameter(torch.zeros(3))
+
+    def log_likelihood(self, x, h):
+        return Normal(self.decoder(h), self.log_sd.clamp(min=0).exp()).log_prob(x).sum(-1)
+
+
+class Padded(Gaussian):
+    """Words, of which one is padding and gets no gradient."""
+
+    def __init__(self, sparse=False):
+        super().__init__()
+        self.words = nn.Embedding(4, 3, padding_idx=0, sparse=sparse)
+
+    def log_prior(self, h):
+        return super().log_prior(h) - (self.words(torch.arange(4)) - 1).square().sum()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("make", [Rectified, Clamped, Padded, lambda: Padded(sparse=True)])
+def test_kinks_and_rows_without_a_gradient_by_design_are_no_failure(x, make, seed):
+    torch.manual_seed(seed)
+    found = {f.property: f for f in check_model(make(), x, seed=seed) if f.property == "gradcheck"}
+    assert found["gradcheck"].passed
+
+
+def test_a_step_out_of_what_the_model_allows_cannot_be_told(x):
+    class Edge(Gaussian):
+        def log_prior(self, h):
+            if h.dtype == torch.float64 and not torch.is_grad_enabled():
+                raise ValueError("out of the support")
+            return super().log_prior(h)
+
+    [finding] = [f for f in model_findings(Edge(), x) if f.property == "gradcheck"]
+    assert finding.passed is None and "too rough" in finding.message
+
+
+def test_a_saturated_unit_hides_no_parameter_that_is_not_connected(x):
+    class Saturated(Discrete):
+        def __init__(self):
+            super().__init__()
+            self.unused = nn.Linear(7, 7)
+
+        def posterior(self, x):
+            return Independent(Bernoulli(logits=self.encoder(x) + torch.tensor([40.0, 0.0])), 1)
+
+    [finding] = [f for f in model_findings(Saturated(), x) if f.property == "gradients"]
+    assert finding.passed is False and "no gradient reaches 2 of 6 parameters: unused" in finding.message
+
+
+def test_a_small_parameter_that_is_cut_is_found_beside_a_large_one(x):
+    class Small(Gaussian):
+        def __init__(self):
+            super().__init__()
+            self.little = nn.Parameter(torch.zeros(()))
+
+        def log_prior(self, h):
+            return super().log_prior(h) + (self.little + 1 - self.little.detach()).exp() * self.little.detach()
+
+        def log_likelihood(self, x, h):
+            return 1e3 * super().log_likelihood(x, h)
+
+    [finding] = [f for f in model_findings(Small(), x) if f.property == "gradcheck"]
+    assert finding.passed is False and " with little at a rate of " in finding.message
+
+
+def test_a_model_of_many_layers_takes_few_evaluations(x):
+    class Deep(Gaussian):
+        calls = 0
+
+        def __init__(self):
+            super().__init__()
+            self.decoder = nn.Sequential(
+                *(layer for _ in range(60) for layer in (nn.Linear(2, 2), nn.Tanh())), self.decoder
+            )
+
+        def log_prior(self, h):
+            type(self).calls += 1
+            return super().log_prior(h)
+
+    [gradcheck] = [f for f in model_findings(Deep(), x) if f.property == "gradcheck"]
+    assert gradcheck.passed and Deep.calls < 200

@@ -62,7 +62,8 @@ def check_model(model: Any, x: Any, *, k: int = 4, seed: int = 0, exempt: Set[st
     if isinstance(model, type):
         raise TypeError(f"check_model checks an instance, such as {model.__name__}(...), got the class")
     require_count("k", k)
-    if any(isinstance(part, Tensor) and part.ndim and not len(part) for part in pytree.tree_leaves(x)):
+    rows = [len(part) for part in pytree.tree_leaves(x) if isinstance(part, Tensor) and part.ndim]
+    if rows and not any(rows):
         raise ValueError("check_model needs a batch of data points, got none")
     if lazy := [name for name, p in _parameters(model) if is_lazy(p)]:
         raise ValueError(f"{', '.join(lazy[:8])} are lazy: run the model once before check_model")
