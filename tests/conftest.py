@@ -1,6 +1,7 @@
 import os
 
 import pytest
+import torch
 from runs import CPU, TINY, until
 
 from mcobjectives_examples.config import Config
@@ -36,3 +37,9 @@ def saved(trainer):
     with pytest.raises(Interrupted):
         run.run(*until(2))
     return run
+
+
+@pytest.fixture
+def x():
+    """Five data points of three numbers, for the models of `kit_models`."""
+    return torch.randn(5, 3, generator=torch.Generator().manual_seed(1))

@@ -7,11 +7,10 @@ import re
 
 import pytest
 import torch
+from kit_models import Attaching, Bounded, DetachedInP, Discrete, Gaussian, Own, Positive, TwoLayers, Wide
 from torch import nn
 from torch.distributions import (
     Bernoulli,
-    Categorical,
-    Dirichlet,
     Independent,
     LogNormal,
     Normal,
@@ -23,38 +22,6 @@ from mcobjectives.testing import ConformanceError, check_model
 from mcobjectives.testing.models import model_findings
 
 torch.set_num_threads(1)
-
-
-class Gaussian(nn.Module):
-    """A sound model; what follows breaks it."""
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.encoder, self.decoder = nn.Linear(3, 4), nn.Linear(2, 3)
-        for p in self.parameters():
-            p.data = 0.5 * torch.randn(p.shape, generator=generator)
-
-    def moments(self, x):
-        mean, log_sd = self.encoder(x).chunk(2, -1)
-        return mean, (0.3 * log_sd).exp()
-
-    def posterior(self, x):
-        return Independent(Normal(*self.moments(x)), 1)
-
-    def log_likelihood(self, x, h):
-        return Normal(self.decoder(h), 1.0).log_prob(x).sum(-1)
-
-    def log_prior(self, h):
-        return Normal(0.0, 1.0).log_prob(h).sum(-1)
-
-
-class Own:
-    """A posterior from two functions."""
-
-    def __init__(self, rsample, log_prob):
-        self.rsample, self.log_prob = rsample, log_prob
-        self.sample = rsample
 
 
 class NoDensity(Gaussian):
@@ -206,13 +173,6 @@ class FixedNoise(Gaussian):
         return 0.5
 
 
-class DetachedInP(Gaussian):
-    """p's own gradient is cut from the samples."""
-
-    def log_likelihood(self, x, h):
-        return super().log_likelihood(x, h.detach())
-
-
 class HalfDetachedInP(Gaussian):
     def log_likelihood(self, x, h):
         mean = self.decoder(h)
@@ -280,17 +240,6 @@ class ZeroGradient(Gaussian):
         return super().log_likelihood(x, h) + 0 * self.idle.sum()
 
 
-class NaNGradient(Gaussian):
-    """The square root's slope at 0."""
-
-    def __init__(self):
-        super().__init__()
-        self.rate = nn.Parameter(torch.zeros(2))
-
-    def log_prior(self, h):
-        return super().log_prior(h) - (self.rate - self.rate.detach()).sqrt().sum()
-
-
 MODEL_MUTANTS = {
     NoDensity: {"methods"},
     NoSum: {"shape"},
@@ -319,11 +268,6 @@ MODEL_MUTANTS = {
     OwnGenerator: {"seeds"},
     FixedNoise: {"seeds"},
 }
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -433,249 +377,10 @@ def test_the_model_and_the_generator_are_left_as_they_were(x):
     assert all(p.grad is None for p in model.parameters())
 
 
-class TwoLayers(Gaussian):
-    """q(h1 | x) q(h2 | h1), with x as a dict."""
-
-    def __init__(self):
-        super().__init__()
-        self.upper, self.lower = nn.Linear(2, 1), nn.Linear(1, 2)
-
-    def posterior(self, x):
-        first = super().posterior(x["image"])
-
-        def second(h1):
-            return Independent(Normal(self.upper(h1), 0.5), 1)
-
-        def rsample(shape):
-            h1 = first.rsample(shape)
-            return h1, second(h1).rsample()
-
-        return Own(rsample, lambda h: first.log_prob(h[0]) + second(h[0]).log_prob(h[1]))
-
-    def log_joint(self, x, h):
-        above = Independent(Normal(self.lower(h[1]), 1.0), 1).log_prob(h[0])
-        return super().log_likelihood(x["image"], h[0]) + above + Normal(0.0, 1.0).log_prob(h[1]).sum(-1)
-
-    log_likelihood = log_prior = None
-
-
-class Attaching(TwoLayers):
-    """The same with samples that can be attached again."""
-
-    def posterior(self, x):
-        posterior, (mean, sd) = super().posterior(x), self.moments(x["image"])
-
-        def attach(h):
-            h1 = mean + sd * ((h[0] - mean) / sd).detach()
-            return h1, self.attached(h1, *h)
-
-        posterior.attach = attach
-        return posterior
-
-    def attached(self, attached_h1, h1, h2):
-        mean = self.upper(attached_h1)
-        return mean + (h2 - mean).detach()
-
-
-class AttachesToItself(Attaching):
-    def attached(self, attached_h1, h1, h2):
-        mean = self.upper(h1)
-        return mean + (h2 - mean).detach()
-
-
-class AttachesElsewhere(Attaching):
-    def attached(self, attached_h1, h1, h2):
-        return self.upper(attached_h1) + (h2 - self.upper(h1)).detach() + 0.01
-
-
-class Discrete(Gaussian):
-    """Bernoulli latents: no rsample."""
-
-    def posterior(self, x):
-        return Independent(Bernoulli(logits=self.encoder(x)[..., :2]), 1)
-
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.Linear(3, 2)
-
-    def log_prior(self, h):
-        return Bernoulli(0.5).log_prob(h).sum(-1)
-
-
-class Wide(Gaussian):
-    """Fifty correlated latents through a flow of one linear layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.encoder, self.decoder = nn.Linear(3, 100), nn.Linear(50, 3)
-
-
-class Positive(Gaussian):
-    """Log-normal latents, far from Gaussian and bounded below."""
-
-    def posterior(self, x):
-        return Independent(LogNormal(*self.moments(x)), 1)
-
-    def log_prior(self, h):
-        return LogNormal(0.0, 1.0).log_prob(h).sum(-1)
-
-
-class Bounded(Gaussian):
-    """Uniform latents: grad log q of their width has no mean of zero, so q is fixed."""
-
-    def posterior(self, x):
-        return Independent(Uniform(torch.zeros(len(x), 2), torch.ones(len(x), 2)), 1)
-
-    def __init__(self):
-        super().__init__()
-        del self.encoder
-
-    def log_prior(self, h):
-        return 0 * h.sum(-1)
-
-
 @pytest.mark.parametrize("model", [TwoLayers, Attaching, Discrete, Wide, Positive, Bounded])
 def test_models_of_other_kinds_conform(x, model):
     torch.manual_seed(0)
     check_model(model(), {"image": x} if issubclass(model, TwoLayers) else x)
-
-
-@pytest.mark.parametrize(
-    ("model", "why"),
-    [(AttachesToItself, r"gradient of posterior.attach\(h\) to encoder"), (AttachesElsewhere, "moves the samples h")],
-)
-def test_samples_that_are_attached_wrongly_are_found(x, model, why):
-    with pytest.raises(ConformanceError, match=why) as raised:
-        check_model(model(), {"image": x})
-    assert raised.value.properties == {"gradients"}
-
-
-@pytest.mark.parametrize("model", [Gaussian, Wide, Positive, Bounded])
-def test_a_mass_is_told_of_units_on_the_line_above_zero_and_between_zero_and_one(x, model):
-    torch.manual_seed(0)
-    finding = next(f for f in check_model(model(), x) if f.property == "normalised")
-    assert finding.passed is True
-
-
-class BoundedElsewhere(Bounded):
-    def posterior(self, x):
-        return Independent(Uniform(-torch.ones(len(x), 2), 2 * torch.ones(len(x), 2)), 1)
-
-
-class OnASimplex(Bounded):
-    def posterior(self, x):
-        return Dirichlet(torch.full((len(x), 3), 3.0))
-
-    def log_likelihood(self, x, h):
-        return super().log_likelihood(x, h[..., :2])
-
-
-@pytest.mark.parametrize(("model", "why"), [(BoundedElsewhere, "bounded"), (OnASimplex, "span")])
-def test_what_cannot_be_told_is_not_passed_off_as_checked(x, model, why):
-    torch.manual_seed(0)
-    finding = next(f for f in check_model(model(), x) if f.property == "normalised")
-    assert finding.passed is None and why in finding.message
-
-
-class ZeroStart(Gaussian):
-    """A last layer that starts at zero hides the layers before it from the gradient, at the start only."""
-
-    def __init__(self):
-        super().__init__()
-        self.decoder = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 3))
-        nn.init.zeros_(self.decoder[1].weight)
-
-
-def test_a_layer_that_starts_at_zero_is_no_failure(x):
-    check_model(ZeroStart(), x)
-
-
-class WrongDiscrete(Discrete):
-    def posterior(self, x):
-        q = super().posterior(x)
-        return type(
-            "Q", (), {"sample": staticmethod(q.sample), "log_prob": staticmethod(lambda h: q.log_prob(h) + 0.3)}
-        )()
-
-
-def test_probabilities_that_do_not_sum_to_one_are_found(x):
-    with pytest.raises(ConformanceError, match=r"probabilities of all values drawn sum to 1\.35") as raised:
-        check_model(WrongDiscrete(), x)
-    assert raised.value.properties == {"normalised"}
-
-
-class WrongDiscreteOfManyUnits(WrongDiscrete):
-    def __init__(self):
-        super().__init__()
-        self.encoder, self.decoder = nn.Linear(3, 25), nn.Linear(25, 3)
-
-    def posterior(self, x):
-        q = Independent(Bernoulli(logits=0.1 * self.encoder(x)), 1)
-        return type(
-            "Q", (), {"sample": staticmethod(q.sample), "log_prob": staticmethod(lambda h: q.log_prob(h) - 0.3)}
-        )()
-
-
-def test_a_mass_of_which_little_was_seen_is_not_passed_off_as_checked(x):
-    [finding] = [f for f in check_model(WrongDiscreteOfManyUnits(), x) if f.property == "normalised"]
-    assert finding.passed is None and "of the mass was seen" in finding.message
-
-
-class ScalarScale(Gaussian):
-    def __init__(self):
-        super().__init__()
-        self.encoder, self.log_sd = nn.Linear(3, 2), nn.Parameter(torch.tensor(-0.3))
-
-    def moments(self, x):
-        return self.encoder(x), self.log_sd.exp()
-
-
-class OneOfTwo(Gaussian):
-    """The scores of a softmax's logits cancel: of their sum nothing but rounding is left."""
-
-    wrong = 1.0
-
-    def __init__(self):
-        super().__init__()
-        self.encoder, self.decoder = nn.Linear(3, 2), nn.Embedding(2, 3)
-
-    def posterior(self, x):
-        logits = self.encoder(x)
-        q = Categorical(logits=logits)
-        return type("Q", (), {"sample": Categorical(logits=logits * self.wrong).sample, "log_prob": q.log_prob})()
-
-    def log_likelihood(self, x, h):
-        return Normal(self.decoder(h), 1.0).log_prob(x).sum(-1)
-
-    def log_prior(self, h):
-        return torch.full(h.shape, math.log(0.5))
-
-
-class InfiniteScore(Gaussian):
-    def __init__(self):
-        super().__init__()
-        self.spread = nn.Parameter(torch.zeros(1))
-
-    def posterior(self, x):
-        q = super().posterior(x)
-        return Own(q.rsample, lambda h: q.log_prob(h) + self.spread.sqrt())
-
-
-def test_an_infinite_score_is_found(x):
-    [finding] = [f for f in model_findings(InfiniteScore(), x) if f.property == "score"]
-    assert finding.passed is False
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_rounding_is_no_bias_of_the_score(x, seed):
-    torch.manual_seed(seed)
-    check_model(OneOfTwo(), x, seed=seed)
-    with pytest.raises(ConformanceError, match="grad log q"):
-        check_model(type("Wrong", (OneOfTwo,), {"wrong": 3.0})(), x, seed=seed)
-
-
-def test_a_parameter_without_dimensions_is_no_failure(x):
-    check_model(ScalarScale(), x)
 
 
 def test_batch_normalisation_in_training_mode_is_found(x):
@@ -705,85 +410,6 @@ def test_what_is_wrong_at_another_data_point_than_the_first_is_found(x, mutant, 
     with pytest.raises(ConformanceError) as raised:
         check_model(mutant(), x)
     assert raised.value.properties == broken
-
-
-def test_a_gradient_that_is_not_a_number_is_found(x):
-    found = {f.property: f for f in model_findings(NaNGradient(), x)}
-    assert found["gradients"].passed is False and "NaN or infinite at rate" in found["gradients"].message
-
-
-def test_the_gradient_that_is_off_is_named_with_both_rates(x):
-    [message] = [f.message for f in model_findings(DetachedInP(), x) if f.property == "gradcheck"]
-    rates = re.search(
-        r"changes with part 0 of h at a rate of (\S+) in .*, autograd's gradient gives (\S+?)\.? ", message
-    )
-    assert rates and abs(float(rates[1]) - float(rates[2])) > 1e-3 * abs(float(rates[1]))
-
-
-class SinglePrecisionInside(Gaussian):
-    def log_likelihood(self, x, h):
-        return super().log_likelihood(x, h.float().double() if h.dtype == torch.float64 else h)
-
-
-class SinglePrecisionAlone(Gaussian):
-    def log_likelihood(self, x, h):
-        return super().log_likelihood(x, h) + h.float() @ torch.zeros(2)
-
-
-class InSinglePrecision(Gaussian):
-    def log_likelihood(self, x, h):
-        return super().log_likelihood(x, h).float()
-
-    def log_prior(self, h):
-        return super().log_prior(h).float()
-
-
-class Rough(Gaussian):
-    def log_prior(self, h):
-        return super().log_prior(h) + 1e-3 * (1e6 * h).sin().sum(-1)
-
-
-@pytest.mark.parametrize(
-    ("model", "why"),
-    [
-        (SinglePrecisionInside, None),
-        (SinglePrecisionAlone, None),
-        (InSinglePrecision, "torch.float32"),
-        (Rough, None),
-    ],
-)
-def test_a_gradient_that_finite_differences_cannot_tell_is_no_failure(x, model, why):
-    finding = next(f for f in model_findings(model(), x) if f.property == "gradcheck")
-    assert finding.passed is not False and (why is None or why in finding.message)
-
-
-class Confident(Discrete):
-    """Bernoulli units that are hardly ever on."""
-
-    logit = -12.0
-
-    def posterior(self, x):
-        return Independent(Bernoulli(logits=self.logit + 0.1 * self.encoder(x)), 1)
-
-
-@pytest.mark.parametrize("logit", [-3.0, -5.0, -8.0, -12.0])
-@pytest.mark.parametrize("seed", range(4))
-def test_a_confident_discrete_posterior_is_no_failure(x, logit, seed):
-    torch.manual_seed(seed)
-    check_model(type("At", (Confident,), {"logit": logit})(), x, seed=seed)
-
-
-def test_a_gradient_that_is_cut_is_found_of_a_confident_posterior_that_varies(x):
-    class Cut(Confident):
-        logit = -3.0
-
-        def log_likelihood(self, x, h):
-            with torch.no_grad():
-                return super().log_likelihood(x, h)
-
-    with pytest.raises(ConformanceError, match="no gradient reaches 2 of 4 parameters: decoder") as raised:
-        check_model(Cut(), x)
-    assert raised.value.properties == {"gradients", "gradcheck"}
 
 
 class Forbidden(Discrete):
@@ -915,98 +541,3 @@ def test_values_that_p_rules_out_are_no_failure_of_a_joint_or_of_seeds():
     torch.manual_seed(0)
     found = {f.property: f for f in check_model(OneHot(), x)}
     assert found["log_joint"].passed and found["seeds"].passed and found["gradients"].passed
-
-
-class Rectified(Discrete):
-    """h of zero and a bias of zero: a kink that is hit."""
-
-    def __init__(self):
-        super().__init__()
-        self.decoder = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
-        nn.init.zeros_(self.decoder[0].bias)
-
-
-class Clamped(Gaussian):
-    def __init__(self):
-        super().__init__()
-        self.log_sd = nn.Parameter(torch.zeros(3))
-
-    def log_likelihood(self, x, h):
-        return Normal(self.decoder(h), self.log_sd.clamp(min=0).exp()).log_prob(x).sum(-1)
-
-
-class Padded(Gaussian):
-    """Words, of which one is padding and gets no gradient."""
-
-    def __init__(self, sparse=False):
-        super().__init__()
-        self.words = nn.Embedding(4, 3, padding_idx=0, sparse=sparse)
-
-    def log_prior(self, h):
-        return super().log_prior(h) - (self.words(torch.arange(4)) - 1).square().sum()
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("make", [Rectified, Clamped, Padded, lambda: Padded(sparse=True)])
-def test_kinks_and_rows_without_a_gradient_by_design_are_no_failure(x, make, seed):
-    torch.manual_seed(seed)
-    found = {f.property: f for f in check_model(make(), x, seed=seed) if f.property == "gradcheck"}
-    assert found["gradcheck"].passed
-
-
-def test_a_step_out_of_what_the_model_allows_cannot_be_told(x):
-    class Edge(Gaussian):
-        def log_prior(self, h):
-            if h.dtype == torch.float64 and not torch.is_grad_enabled():
-                raise ValueError("out of the support")
-            return super().log_prior(h)
-
-    [finding] = [f for f in model_findings(Edge(), x) if f.property == "gradcheck"]
-    assert finding.passed is None and "too rough" in finding.message
-
-
-def test_a_saturated_unit_hides_no_parameter_that_is_not_connected(x):
-    class Saturated(Discrete):
-        def __init__(self):
-            super().__init__()
-            self.unused = nn.Linear(7, 7)
-
-        def posterior(self, x):
-            return Independent(Bernoulli(logits=self.encoder(x) + torch.tensor([40.0, 0.0])), 1)
-
-    [finding] = [f for f in model_findings(Saturated(), x) if f.property == "gradients"]
-    assert finding.passed is False and "no gradient reaches 2 of 6 parameters: unused" in finding.message
-
-
-def test_a_small_parameter_that_is_cut_is_found_beside_a_large_one(x):
-    class Small(Gaussian):
-        def __init__(self):
-            super().__init__()
-            self.little = nn.Parameter(torch.zeros(()))
-
-        def log_prior(self, h):
-            return super().log_prior(h) + (self.little + 1 - self.little.detach()).exp() * self.little.detach()
-
-        def log_likelihood(self, x, h):
-            return 1e3 * super().log_likelihood(x, h)
-
-    [finding] = [f for f in model_findings(Small(), x) if f.property == "gradcheck"]
-    assert finding.passed is False and " with little at a rate of " in finding.message
-
-
-def test_a_model_of_many_layers_takes_few_evaluations(x):
-    class Deep(Gaussian):
-        calls = 0
-
-        def __init__(self):
-            super().__init__()
-            self.decoder = nn.Sequential(
-                *(layer for _ in range(60) for layer in (nn.Linear(2, 2), nn.Tanh())), self.decoder
-            )
-
-        def log_prior(self, h):
-            type(self).calls += 1
-            return super().log_prior(h)
-
-    [gradcheck] = [f for f in model_findings(Deep(), x) if f.property == "gradcheck"]
-    assert gradcheck.passed and Deep.calls < 200
