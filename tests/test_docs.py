@@ -432,10 +432,11 @@ def test_memory_is_made_of_a_record(tmp_path):
     hooks = generated()
     hooks.RESULTS = tmp_path
     rows = [{"gradient": "dreg", "k": 5000, "chunk_size": 50, "peak_rss_mb": 700.0, "over_k50": 1.1}]
+    rows[0] |= {"of_steps_mb": 150.0, "steps_over_k50": 2.0}
     provenance = {"versions": {"mcobjectives": "0.1.0", "torch": "2.9"}, "commit": None, "date": "2025-01-02"}
     provenance |= {"machine": {"cpu": "a processor", "threads": 2}}
     (tmp_path / "memory.json").write_text(json.dumps({"bar": 1.3, "rows": rows, "provenance": provenance}))
-    assert "| `dreg` | 5000 | 50 | 700 | 1.10 |" in hooks.GENERATORS["memory"]()
+    assert "| `dreg` | 5000 | 50 | 700 | 1.10 | 150 | 2.00 |" in hooks.GENERATORS["memory"]()
 
 
 def test_pyro_step_is_made_of_a_record(tmp_path):

@@ -198,13 +198,11 @@ def snr(record: dict[str, Any]) -> str:
 def memory(record: dict[str, Any]) -> str:
     """Peak memory of a step at large k in chunks, over one at k = 50."""
     on_gpu = any("peak_cuda_mb" in row for row in record["rows"])
-    steps = all("of_steps_mb" in row for row in record["rows"])
     lines = []
     for row in record["rows"]:
         cells = [f"`{row['gradient']}`", str(row["k"]), str(row["chunk_size"] or "all")]
         cells += [f"{row['peak_rss_mb']:.0f}", f"{row['over_k50']:.2f}"]
-        if steps:
-            cells += [f"{row['of_steps_mb']:.0f}", f"{row['steps_over_k50']:.2f}"]
+        cells += [f"{row['of_steps_mb']:.0f}", f"{row['steps_over_k50']:.2f}"]
         lines.append((*cells, f"{row['peak_cuda_mb']:.0f}") if on_gpu else cells)
     header = [
         "estimator",
@@ -212,7 +210,8 @@ def memory(record: dict[str, Any]) -> str:
         "samples at a time",
         "peak MB",
         "over k = 50",
-        *(["MB of the steps", "over k = 50"] if steps else []),
+        "MB of the steps",
+        "over k = 50",
         *(["peak CUDA MB"] if on_gpu else []),
     ]
     return recorded(record, header, lines, right=range(1, len(header)))
