@@ -355,6 +355,19 @@ def test_schedules_are_compared_by_the_bound_at_the_ends_of_stages(tmp_path):
     assert fast.startswith("| 0.001 to 0.00019 |") and fast.endswith("| -3637.0 |  |  | 87.65 | 3.21 |")
 
 
+def test_how_near_the_paper_is_told_of_its_own_protocol_alone(tmp_path):
+    from mcobjectives_examples.config import Config
+    from mcobjectives_examples.presets import get_preset
+
+    hooks = generated()
+    hooks.RESULTS = tmp_path
+    for binarisation in ("once", "epoch"):
+        record(tmp_path / "short", Config("mnist", binarisation, 1, "vae(k=5)", get_preset("short")))
+    lines = hooks.agreement().splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| [2](#table-2-mnist-stochastic-binarisation)"]
+    assert "drawing the pixels anew" in hooks.tables()
+
+
 def test_figures_are_those_that_were_drawn(tmp_path):
     hooks = generated()
     hooks.RESULTS = tmp_path

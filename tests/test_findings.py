@@ -5,7 +5,7 @@ import math
 import re
 
 import pytest
-from made_up import made_up, verdict
+from made_up import made_up, result, verdict
 
 from mcobjectives_examples import render
 from mcobjectives_examples.findings import findings
@@ -450,3 +450,58 @@ def test_cells_made_equal_by_a_cap_are_one():
     [number] = [n for n in TABLES if "miwae" in table(n)["rows"][0]["objective"]]
     assert not [f for f in findings(made_up(number, cap=1)) if f.claim.startswith("MIWAE")]
     assert [f for f in findings(made_up(number)) if f.claim.startswith("MIWAE")]
+
+
+def drawn_anew(nlls, gaps=None, seeds=1, layers=(1,)):
+    """Table 2 with pixels drawn for every pass, and once: (once, anew) by k, or None where a cell is not run."""
+
+    def results(row, i):
+        pair, gap = nlls.get(row.k), (gaps or {}).get(row.k, (0.0, 0.0))[i]
+        if pair is None or pair[i] is None:
+            return (None,) * seeds
+        made = [result(c, nll=pair[i], elbo=-100.0) for c in row.configs]
+        return tuple(r | {"learning_curve": [-200.0, -100.0 + gap]} for r in made)
+
+    table_rows = made_up("2", binarisation="epoch", layers=layers, seeds=seeds)
+    return [dataclasses.replace(row, results=results(row, 1), drawn_once=results(row, 0)) for row in table_rows]
+
+
+LOWERS = "1L: drawing the pixels anew for every pass lowers the NLL"
+OVERFITS_LESS = "1L: with pixels drawn anew a VAE's training bound is less above its test ELBO"
+
+
+@pytest.mark.parametrize(
+    ("anew", "expected"), [(88.9, "holds"), (89.5, "within noise"), (90.5, "within noise"), (90.7, "does not hold")]
+)
+def test_pixels_drawn_anew_lower_the_nll_or_not(anew, expected):
+    rows = drawn_anew({1: (90.0, anew), 5: (90.0, 88.0), 50: (90.0, 88.0)})
+    assert verdict(LOWERS, rows) == expected
+    [found] = [f for f in findings(rows) if f.claim == LOWERS]
+    assert found.figures.startswith(f"1L vae(k=1) once 90 -> anew {anew:.2f}; 1L vae(k=5) once 90 -> anew 88; ")
+    assert found.papers == ""
+
+
+@pytest.mark.parametrize(("gap", "expected"), [(1.0, "holds"), (1.9, "within noise"), (3.0, "does not hold")])
+def test_how_far_a_vae_overfits_is_its_training_bound_over_its_test_elbo(gap, expected):
+    nlls = dict.fromkeys((1, 5, 50), (90.0, 88.0))
+    rows = drawn_anew(nlls, {k: (2.0, gap) for k in nlls})
+    assert verdict(OVERFITS_LESS, rows) == expected
+    [found] = [f for f in findings(rows) if f.claim == OVERFITS_LESS]
+    assert found.figures == "; ".join(f"1L vae(k={k}) once 2 -> anew {gap:.2f}".removesuffix(".00") for k in nlls)  # not of an IWAE
+
+
+def test_what_is_recorded_by_one_protocol_alone_is_not_judged_by_the_other():
+    def claims(rows):
+        return {f.claim: f.verdict for f in findings(rows) if "anew" in f.claim}
+
+    only_anew = {k: (None, 88.0) for k in (1, 5, 50)}
+    assert claims(drawn_anew(only_anew)) == {}
+    assert claims(made_up("2")) == {}
+    some = {1: (90.0, 88.0), 5: (90.0, None)}
+    assert claims(drawn_anew(some)) == {LOWERS: "not run", OVERFITS_LESS: "not run"}
+    assert set(claims(drawn_anew(dict.fromkeys((1, 5, 50), (90.0, 88.0)), layers=(1, 2)))) == {
+        LOWERS,
+        OVERFITS_LESS,
+        LOWERS.replace("1L", "2L"),
+        OVERFITS_LESS.replace("1L", "2L"),
+    }

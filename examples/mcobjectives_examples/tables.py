@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from mcobjectives_examples.presets import Preset
 class Row:
     """A cell of the paper's table, its configurations (one a seed), and what they gave, None where not run.
 
-    `beside` are the cells of another table with which the paper compares this one's.
+    `beside` are the cells of another table with which the paper compares this one's; `drawn_once` what the same cells
+    gave with their pixels drawn once, empty for a row whose own are not drawn anew for every pass.
     """
 
     layers: int
@@ -35,6 +36,7 @@ class Row:
     on_papers_data: bool = True
     results: tuple[dict[str, Any] | None, ...] = ()
     first_results: tuple[dict[str, Any] | None, ...] = ()
+    drawn_once: tuple[dict[str, Any] | None, ...] = ()
     beside: tuple[Row, ...] = ()
 
     @property
@@ -163,13 +165,19 @@ def with_results(table_rows: Sequence[Row], out: Path, data_sha256: str | None =
 
 
 def filled(table_rows: Sequence[Row], result: Callable[[Config], dict[str, Any] | None]) -> list[Row]:
-    """The rows with the results of their configurations, of their first stages, and of the cells beside them."""
+    """The rows with the results of their configurations, and of all the cells beside which these are seen."""
 
-    def found(configs: Sequence[Config]) -> tuple[dict[str, Any] | None, ...]:
+    def found(configs: Iterable[Config]) -> tuple[dict[str, Any] | None, ...]:
         return tuple(map(result, configs))
 
     beside = tuple(replace(row, results=found(row.configs)) for row in (table_rows[0].beside if table_rows else ()))
     return [
-        replace(row, results=found(row.configs), first_results=found(row.first_stages), beside=beside)
+        replace(
+            row,
+            results=found(row.configs),
+            first_results=found(row.first_stages),
+            drawn_once=found(replace(c, binarisation="once") for c in row.configs if c.binarisation == "epoch"),
+            beside=beside,
+        )
         for row in table_rows
     ]
