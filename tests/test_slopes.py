@@ -159,3 +159,19 @@ def test_slopes_that_jump_by_little_are_refused_too(gradient):
 
 def test_slopes_that_vary_by_little_vary():
     assert CIWAE(k=4, beta=0.9999).slopes_vary and not CIWAE(k=4, beta=1.0).slopes_vary
+
+
+@pytest.mark.parametrize("k", [10_000, 100_001])
+def test_of_many_samples_jumps_are_found_in_few_walks(k):
+    """As many as of a thousand samples would make the smallest objective take a minute."""
+    largest = []
+
+    def seen(log_w):
+        largest.append(log_w.numel())
+        return IWAE(k=k).slopes(log_w)
+
+    assert not derivatives.slopes_jump(seen, k)
+    assert len(largest) < 50 and max(largest) <= max(6 * k, 96 * 1000)
+    assert IWAE(k=k, gradient="dreg").slopes_vary
+    with pytest.raises(ValueError, match="jump"):
+        Median(k=k, gradient="dreg")
