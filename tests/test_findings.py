@@ -487,7 +487,8 @@ def test_how_far_a_vae_overfits_is_its_training_bound_over_its_test_elbo(gap, ex
     rows = drawn_anew(nlls, {k: (2.0, gap) for k in nlls})
     assert verdict(OVERFITS_LESS, rows) == expected
     [found] = [f for f in findings(rows) if f.claim == OVERFITS_LESS]
-    assert found.figures == "; ".join(f"1L vae(k={k}) once 2 -> anew {gap:.2f}".removesuffix(".00") for k in nlls)  # not of an IWAE
+    shown = f"{gap:.2f}".removesuffix(".00")
+    assert found.figures == "; ".join(f"1L vae(k={k}) once 2 -> anew {shown}" for k in nlls)  # not of an IWAE
 
 
 def test_what_is_recorded_by_one_protocol_alone_is_not_judged_by_the_other():
