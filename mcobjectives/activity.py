@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mcobjectives.arguments import require_count
+from mcobjectives.context import cast_anew
 from mcobjectives.data import batches, in_float64, rows_and_device
-from mcobjectives.model import has_methods
+from mcobjectives.model import called, has_methods
 from mcobjectives.sampling import Samples
 
 
@@ -114,7 +115,7 @@ def posterior_means(model: Any, x: Any, *, n: int = 100, batch_size: int = 100) 
     require_count("n", n, least=2)
     require_count("batch_size", batch_size)
     rows_and_device(x)
-    parts_of = [_batch_means(model.posterior(batch), n // 2) for batch in batches(x, batch_size)]
+    parts_of = [_batch_means(called(model, "posterior", x=batch), n // 2) for batch in batches(x, batch_size)]
     layers = []
     for parts in zip(*parts_of, strict=True):
         first, second = zip(*parts, strict=True)
@@ -128,6 +129,7 @@ def _batch_means(posterior: Any, half: int) -> list[tuple[Tensor, Tensor | None]
         h = Samples(posterior, half, pathwise=False).draw()
         layers = posterior.layer_means(h) if has_methods(posterior, "layer_means") else pytree.tree_leaves(h)
         halves.append([in_float64(layer).mean(0) for layer in layers])
+    cast_anew()
     means: list[tuple[Tensor, Tensor | None]] = [(_rows(a), _rows(b)) for a, b in zip(*halves, strict=True)]
     exact = _exact_mean(posterior)
     if exact is not None and exact.shape == halves[0][0].shape and bool(exact.isfinite().all()):

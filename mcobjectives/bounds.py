@@ -15,7 +15,7 @@ from mcobjectives.analytic import expected_log_ratio
 from mcobjectives.context import cast_anew, generators_at, may_synchronise, refuse_transforms, rng_state, same_state
 from mcobjectives.derivatives import reduced
 from mcobjectives.estimators import Weights, warn_once
-from mcobjectives.model import Density, Latent, ModelError, likelihood, log_joint, require
+from mcobjectives.model import Density, Latent, ModelError, called, likelihood, log_joint, require
 from mcobjectives.replay import replayed, require_unchanged
 from mcobjectives.resampling import select
 from mcobjectives.sampling import (
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 class BatchBound:
     """An objective at one batch: samples of q(h | x), h -> log p(x, h), tempered, and h -> log q(h | x).
 
-    Each method gives the bound of each data point, `(batch,)`; all but `value` with the estimator's gradient.
+    `upstream` has the tensors that parts of x stand in for, see `_cut_off`. Each method gives the bound of each data
+    point, `(batch,)`; all but `value` with the estimator's gradient.
     """
 
     objective: Objective
@@ -45,6 +46,7 @@ class BatchBound:
     samples: Samples
     log_p: Density
     log_q: Density
+    upstream: dict[Tensor, Tensor]
 
     def value(self) -> Tensor:
         """Without a graph."""
@@ -57,7 +59,7 @@ class BatchBound:
         bound = self._reduce(found.log_w)
         if self.plan.plain:
             return bound
-        weights = Weights(*self.objective.weights(found.log_w))
+        weights = self._weights(found.log_w)
         ratio.of(weights)
         return with_value(found.weighted_sum(weights), bound)
 
@@ -68,7 +70,7 @@ class BatchBound:
             check_differentiable(first, self.log_q(pytree.tree_map(torch.Tensor.detach, first)) if q is None else q)
         states: list[Any] = []
         log_w = self._log_weights(states)
-        weights = Weights(*self.objective.weights(log_w))
+        weights = self._weights(log_w)
 
         def share(chunk: int) -> Tensor:
             start, stop = self._chunks()[chunk]
@@ -80,7 +82,7 @@ class BatchBound:
             require_unchanged(found.log_w, log_w[start:stop], "log p(x, h) - log q(h | x)")
             return found.weighted_sum(own)
 
-        return replayed(self._reduce(log_w), share, len(states))
+        return replayed(self._reduce(log_w), share, len(states), self.upstream)
 
     def resampled(self, m: int) -> Tensor:
         """From m of the samples, chosen by their weights."""
@@ -95,7 +97,7 @@ class BatchBound:
             _require_rows(h, log_w.shape[1])
         bound = self._reduce(log_w)
         with torch.no_grad():
-            arrays = Weights(*self.objective.weights(log_w))
+            arrays = self._weights(log_w)
             importance = torch.stack([w.abs() for w in arrays if w is not None]).amax(0)
             # In float64: float32 draws an exact 0, which favours the first sample however small, once in 2^24 times.
             offset = torch.rand(log_w.shape[1], dtype=torch.float64, device=log_w.device)
@@ -117,6 +119,17 @@ class BatchBound:
         # Loosely: in half precision m rows are not multiplied as k rows are, to the last of their few bits.
         require_unchanged(kept.log_w, log_w.gather(0, index), what, tolerance=1e-2)
         return with_value(kept.weighted_sum(weights), bound)
+
+    def _weights(self, log_w: Tensor) -> Weights:
+        """The estimator's; raises for an array that it did not have when its plan was made."""
+        weights = Weights(*self.objective.weights(log_w))
+        for name, array, planned in (("c", weights.c, self.plan.path), ("s", weights.s, self.plan.score)):
+            if array is not None and not planned and not self.plan.plain:
+                raise ValueError(
+                    f"the estimator of {self.objective!r} gives {name} for some log-weights and None for others, so "
+                    "that its terms would be lost: give zeros in place of None"
+                )
+        return weights
 
     def _draw(self, start: int = 0, stop: int | None = None, graph: bool = True) -> tuple[Latent, Tensor | None]:
         """Samples `start` to `stop`; with log q at them where q caches and no score is to be taken of it."""
@@ -227,14 +240,17 @@ def _pick(part: Tensor, index: Tensor) -> Tensor:
 def open_batch(objective: Objective, model: Any, x: Any) -> BatchBound:
     """The model's samples and densities at x; raises for what it lacks, or what the estimator would get wrong of it."""
     log_p: Density
+    in_chunks = torch.is_grad_enabled() and objective.chunk_size is not None and objective.backward_samples is None
+    x, upstream = _cut_off(x) if in_chunks else (x, {})
     if objective.analytic_kl:
         require(model, f"{type(objective).__name__}(analytic_kl=True)", "posterior", "log_likelihood")
         log_p = partial(likelihood, model, x)
     else:
         log_p = log_joint(model, x, objective.tempering)
-    if isinstance(x, Tensor) and x.numel() == 0:  # torch's own distributions stumble over it less legibly
-        raise ModelError(f"the batch is empty: x has shape {tuple(x.shape)}")
-    posterior, plan = model.posterior(x), objective.plan
+    tensors = [part for part in pytree.tree_leaves(x) if isinstance(part, Tensor)]
+    if tensors and not any(part.numel() for part in tensors):  # torch's own distributions stumble over it less legibly
+        raise ModelError(f"the batch is empty: x has shape {', '.join(str(tuple(part.shape)) for part in tensors)}")
+    posterior, plan = called(model, "posterior", x=x), objective.plan
     if torch.is_grad_enabled():
         _require_sound(objective, posterior)
     samples = Samples(
@@ -243,8 +259,26 @@ def open_batch(objective: Objective, model: Any, x: Any) -> BatchBound:
         pathwise=plan.path and torch.is_grad_enabled(),
         replay=objective.chunk_size is not None,
     )
-    log_q = expected_log_ratio(model, posterior) if objective.analytic_kl else posterior.log_prob
-    return BatchBound(objective, plan, samples, log_p, log_q)
+    ratio = expected_log_ratio(model, posterior) if objective.analytic_kl else None
+    log_q = ratio or (lambda h: called(posterior, "log_prob", h=h))
+    return BatchBound(objective, plan, samples, log_p, log_q, upstream)
+
+
+def _cut_off(x: Any) -> tuple[Any, dict[Tensor, Tensor]]:
+    """x without the graph that it comes with, as of features of another network; and the tensors that were cut off.
+
+    That graph is then differentiated once and not for every chunk, and x itself has a gradient.
+    """
+    upstream: dict[Tensor, Tensor] = {}
+
+    def cut(part: Any) -> Any:
+        if not (isinstance(part, Tensor) and part.grad_fn is not None):
+            return part
+        leaf = part.detach().requires_grad_()
+        upstream[leaf] = part
+        return leaf
+
+    return pytree.tree_map(cut, x), upstream
 
 
 def _require_sound(objective: Objective, posterior: Any) -> None:

@@ -13,8 +13,11 @@ from torch.utils import _pytree as pytree
 
 
 def may_synchronise(value: Tensor) -> bool:
-    """Whether the host may look at the numbers: not while a compiler traces or a CUDA graph is captured."""
-    if torch.compiler.is_compiling() or is_transformed(value):
+    """Whether the host may look at the numbers: not while a compiler traces or a CUDA graph is captured.
+
+    Nor where there are none, on the meta device.
+    """
+    if torch.compiler.is_compiling() or is_transformed(value) or value.is_meta:
         return False
     return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
 

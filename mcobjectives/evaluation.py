@@ -21,8 +21,9 @@ from mcobjectives.activity import (
     posterior_means,
 )
 from mcobjectives.arguments import require_count
+from mcobjectives.context import cast_anew
 from mcobjectives.data import batches, in_float64, rows_and_device
-from mcobjectives.model import Latent, ModelError, has_methods, joined, log_joint, log_weights, parts
+from mcobjectives.model import Latent, ModelError, called, has_methods, joined, log_joint, log_weights, parts
 from mcobjectives.pareto import pareto_khat, tail_length
 from mcobjectives.sampling import Samples
 
@@ -215,13 +216,15 @@ def evaluate(
 def _evaluate_batch(model: Any, x: Any, k: int, chunk_size: int) -> Evaluation:
     apart = has_methods(model, "log_likelihood", "log_prior")
     joint = log_joint(model, x)
-    posterior = model.posterior(x)
+    posterior = called(model, "posterior", x=x)
     running = _Running(tail_length(k))
     for h, log_q in _chunks(posterior, k, chunk_size):
         n = len(pytree.tree_leaves(h)[0])
         likelihood, prior = parts(model, x, h) if apart else (None, None)
         log_p = joint(h) if likelihood is None or prior is None else joined(likelihood, prior)
-        running.add(log_weights(log_p, posterior.log_prob(h) if log_q is None else log_q, n), likelihood)
+        log_q = called(posterior, "log_prob", h=h) if log_q is None else log_q
+        running.add(log_weights(log_p, log_q, n), likelihood)
+    cast_anew()
     return running.result(k)
 
 

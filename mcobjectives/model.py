@@ -95,18 +95,41 @@ def require(model: Any, needed_by: str, *names: str) -> None:
     missing = [name for name in names if not has_methods(model, name)]
     if missing:
         inner = [name for name in ("module", "model") if has_methods(getattr(model, name, None), *names)]
+        hint = f"its .{inner[0]} has: give that; " if inner else ""
+        if isinstance(model, torch.nn.parallel.DistributedDataParallel):  # whose .module would train each replica alone
+            hint = "wrap the loss in place of the model, DistributedDataParallel(objective.bind(model.module)); "
         raise ModelError(
-            f"{needed_by} needs {type(model).__name__} to have the method(s) {', '.join(missing)}: "
-            + (f"its .{inner[0]} has: give that; " if inner else "")
-            + "a model gives posterior(x), and log_joint(x, h) or both log_likelihood(x, h) and log_prior(h)"
+            f"{needed_by} needs {type(model).__name__} to have the method(s) {', '.join(missing)}: {hint}"
+            "a model gives posterior(x), and log_joint(x, h) or both log_likelihood(x, h) and log_prior(h)"
         )
+
+
+def called(owner: Any, method: str, **given: Any) -> Any:
+    """owner.method(*given); raises where it changes one of these in place, which all that comes after would see."""
+    if torch.compiler.is_compiling():
+        return getattr(owner, method)(*given.values())
+    before = {name: _marks(value) for name, value in given.items()}
+    found = getattr(owner, method)(*given.values())
+    for name, marks in before.items():
+        if any(not torch.equal(part, m) if isinstance(m, Tensor) else part._version != m for part, m in marks):
+            raise ModelError(
+                f"{method}({', '.join(given)}) of {type(owner).__name__} changes {name} in place, which is used again "
+                f"after it: use no inplace=True in the first layer, and {name} = {name} * 2 in place of {name} *= 2"
+            )
+    return found
+
+
+def _marks(value: Any) -> list[tuple[Tensor, Any]]:
+    """Each tensor with its version, or a copy of it where torch counts none."""
+    parts = [value] if isinstance(value, Tensor) else pytree.tree_leaves(value)
+    return [(p, p.clone() if p.is_inference() else p._version) for p in parts if isinstance(p, Tensor)]
 
 
 def log_joint(model: Any, x: Any, kl_weight: float = 1.0) -> Density:
     """h -> log p(x, h), or log p(x | h) + kl_weight * log p(h) where the weight is not one."""
     require(model, "an objective", "posterior")
     if kl_weight == 1.0 and has_methods(model, "log_joint"):
-        return lambda h: model.log_joint(x, h)
+        return lambda h: called(model, "log_joint", x=x, h=h)
     require(model, "a tempered objective" if kl_weight != 1.0 else "an objective", "log_likelihood", "log_prior")
 
     def joint(h: Latent) -> Tensor:
@@ -122,7 +145,7 @@ def parts(model: Any, x: Any, h: Latent) -> tuple[Tensor, Tensor]:
     """
     look = has_methods(model, "log_joint") and id(model) not in _AGREED
     before = rng_state() if look and all(map(may_synchronise, pytree.tree_leaves(h))) else None
-    likelihood, prior = model.log_likelihood(x, h), model.log_prior(h)
+    likelihood, prior = called(model, "log_likelihood", x=x, h=h), called(model, "log_prior", h=h)
     if before is not None and same_state(before, rng_state()):
         _require_agreement(model, x, h, likelihood, prior)
     return likelihood, prior
@@ -131,7 +154,7 @@ def parts(model: Any, x: Any, h: Latent) -> tuple[Tensor, Tensor]:
 def likelihood(model: Any, x: Any, h: Latent) -> Tensor:
     """log p(x | h), where log p(h) is taken elsewhere; raises as `parts` does."""
     if id(model) in _AGREED or not has_methods(model, "log_joint", "log_prior"):
-        return model.log_likelihood(x, h)
+        return called(model, "log_likelihood", x=x, h=h)
     return parts(model, x, h)[0]
 
 

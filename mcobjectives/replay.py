@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,20 +15,24 @@ Share = Callable[[int], Tensor]
 """i -> the share of chunk i in S for each data point, `(batch,)`; the same numbers whenever it is called."""
 
 
-def replayed(value: Tensor, share: Share, chunks: int) -> Tensor:
+def replayed(value: Tensor, share: Share, chunks: int, upstream: Mapping[Tensor, Tensor]) -> Tensor:
     """`value`, `(batch,)`, with the gradient of the sum of share(i) over the chunks.
 
     The leaves that the sum depends on are read off the first chunk's graph; a later chunk that reaches another one
-    raises, since its gradient would be lost.
+    raises, since its gradient would be lost. A leaf's gradient goes to the tensor that `upstream` has for it, if any.
     """
     refuse_transforms(value)
     require_no_parameters(value)
     leaves = _leaves(share(0))
-    return _Replayed.apply(value, share, chunks, *leaves) if leaves else value
+    if not leaves:
+        return value
+    return _Replayed.apply(value, share, chunks, leaves, *(upstream.get(leaf, leaf) for leaf in leaves))
 
 
-def autocast_as_now(device: str) -> Callable[[], torch.autocast]:
+def autocast_as_now(device: str) -> Callable[[], AbstractContextManager[object]]:
     """A function that makes the autocast context that is active now, for use in a backward pass."""
+    if not torch.amp.is_autocast_available(device):  # as on the meta device
+        return nullcontext
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return lambda: torch.autocast(device, dtype, enabled)
 
@@ -38,9 +42,10 @@ def require_unchanged(again: Tensor, first: Tensor, what: str, tolerance: float 
     if may_synchronise(again) and not torch.allclose(again, first, rtol=tolerance, atol=tolerance, equal_nan=True):
         raise RuntimeError(
             f"{what} has another value when it is evaluated again for the gradient (random numbers such as dropout or "
-            "batch normalisation in the model, a flow that loses its digits when it inverts itself, parameters changed "
-            "in between or swapped by torch.func.functional_call): use gradient='reparam' without chunk_size and "
-            "backward_samples, or model.eval(), or call backward() inside the context that sets the parameters"
+            "batch normalisation in the model, or drawn in another thread, a flow that loses its digits when it "
+            "inverts itself, parameters changed in between or swapped by torch.func.functional_call): use "
+            "gradient='reparam' without chunk_size and backward_samples, or model.eval(), or call backward() inside "
+            "the context that sets the parameters"
         )
 
 
@@ -55,7 +60,7 @@ def require_no_parameters(value: Tensor) -> None:
 
 class _Replayed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, share: Share, chunks: int, *leaves: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, share: Share, chunks: int, leaves: list[Tensor], *inputs: Tensor) -> Tensor:
         ctx.share, ctx.chunks, ctx.leaves = share, chunks, leaves
         ctx.autocast = autocast_as_now(value.device.type)
         return value.detach().clone()
@@ -80,7 +85,7 @@ class _Replayed(torch.autograd.Function):
                 if one is not None:
                     so_far = total[j]
                     total[j] = one.clone() if so_far is None else so_far.add_(one)
-        return None, None, None, *map(_first_derivative, total, ctx.leaves)
+        return None, None, None, None, *map(_first_derivative, total, ctx.leaves)
 
 
 def _first_derivative(gradient: Tensor | None, leaf: Tensor) -> Tensor:

@@ -203,10 +203,19 @@ class Samples:
 
     def _sample(self, n: int) -> Latent:
         if self.pathwise:
-            return self.posterior.rsample(torch.Size((n,)))
-        h = draw(self.posterior, n)
-        cast_anew()
+            h = self.posterior.rsample(torch.Size((n,)))
+        else:
+            h = draw(self.posterior, n)
+            cast_anew()
+        if not isinstance(h, Tensor):
+            _require_tensors(h)
         return h
+
+
+def _require_tensors(h: Any) -> None:
+    strange = [type(part).__name__ for part in pytree.tree_leaves(h) if not isinstance(part, Tensor)]
+    if strange:
+        raise ModelError(f"h must be a tensor, or a tuple, list or dict of tensors, a part of it is {strange[0]}")
 
 
 def check_differentiable(h: Latent, log_q: Tensor) -> None:

@@ -43,7 +43,7 @@ class Ratio:
     def of(self, weights: Weights) -> None:
         """Fill the cell; where a is zero so is c, wherever the ratio is used."""
         a, c, _ = weights
-        self.value = None if c is None else torch.where(a == 0, 0.0, c / a).detach()
+        self.value = torch.zeros_like(a) if c is None else torch.where(a == 0, 0.0, c / a).detach()
 
 
 class Terms(NamedTuple):
@@ -121,7 +121,7 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, ratio: Ratio) -> Tensor:
         ctx.ratio = ratio
-        return part.view_as(part)
+        return part.clone()  # a view would have torch speak of `_Scale` where a model changes h in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -207,6 +207,46 @@ def test_a_parameters_hook_is_called_once_on_the_whole_gradient(chunk_size):
     assert again == calls == len(whole) and any((whole[name] != free[name]).any() for name in whole)
 
 
+@pytest.mark.parametrize("gradient", ["reparam", "dreg", "vimco"])
+def test_features_of_another_network_have_a_gradient_and_it_is_differentiated_once(gradient):
+    model = LinearGaussian().off_posterior()
+    weights = torch.randn(3, 3, dtype=F64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    found, calls = [], []
+    for chunk_size in (None, 4):
+        features = model.data() @ weights
+        features.register_hook(lambda g, size=chunk_size: calls.append(size))
+        features.retain_grad()
+        torch.manual_seed(0)
+        loss = IWAE(k=6, gradient=gradient, chunk_size=chunk_size)(model, features)
+        (direct,) = torch.autograd.grad(loss, features, retain_graph=True)
+        model.zero_grad()
+        weights.grad = None
+        loss.backward()
+        own = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append(own | {"direct": direct, "features": features.grad, "weights": weights.grad})
+    assert_same(*found, 1e-10)
+    assert calls == [None, None, 4, 4] and found[0]["weights"].abs().min() > 0
+
+
+def test_parts_of_x_that_come_with_a_graph_have_a_gradient():
+    class Pairs(LinearGaussian):
+        def posterior(self, x):
+            return super().posterior(x["x"] + x["shift"])
+
+        def log_likelihood(self, x, h):
+            return super().log_likelihood(x["x"] + x["shift"], h)
+
+    model = Pairs().off_posterior()
+    shift, found = torch.ones(3, dtype=F64, requires_grad=True), []
+    for chunk_size in (None, 4):
+        torch.manual_seed(0)
+        parts = {"x": model.data(), "shift": 2 * shift}
+        (gradient,) = torch.autograd.grad(IWAE(k=6, chunk_size=chunk_size)(model, parts), shift)
+        found.append(gradient)
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+    assert found[0].abs().min() > 0
+
+
 def test_a_model_that_reaches_other_parameters_in_a_later_chunk_raises():
     class Routed(LinearGaussian):
         def __init__(self):

@@ -26,6 +26,7 @@ from toys import (
 )
 
 from mcobjectives import CIWAE, IWAE, MIWAE, VAE, LAlpha, Median, Objective, Power, Split, estimator_names, estimators
+from mcobjectives.estimators import Weights
 from mcobjectives.plugins import PluginError
 from mcobjectives.reductions import log_power_mean
 from mcobjectives.specs import format_objective
@@ -190,6 +191,47 @@ def test_rws_follows_the_objective_in_theta_and_the_wake_phase_in_phi(objective)
     for name in ("q_logits", "q_slope"):
         torch.testing.assert_close(found[name], wake[name], rtol=0, atol=1e-12)
         assert (found[name] - theta[name]).abs().max() > 1e-3  # it is not the objective's gradient
+
+
+# Arrays that an estimator gives at some log-weights alone.
+
+
+def clipped(log_w, name, objective):
+    """IWAE's DReG or score weights, without `name` where the log-weights are extreme."""
+    w = log_w.softmax(0)
+    weights = Weights(w, w**2, None) if name == "c" else Weights(w, None, w - objective.reduce(log_w))
+    return weights if log_w.abs().max() < 100 else weights._replace(**{name: None})
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 2}, {"backward_samples": 3}], ids=str)
+@pytest.mark.parametrize("name", ["c", "s"])
+def test_an_array_that_was_none_in_the_plan_is_refused(name, options):
+    objective = IWAE(k=5, gradient=lambda o, log_w: clipped(log_w, name, o), **options)
+    with pytest.raises(ValueError, match=f"gives {name} for some log-weights and None for others"):
+        objective(LinearGaussian(), LinearGaussian().data())
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 2}, {"backward_samples": 3}], ids=str)
+@pytest.mark.parametrize("c", [1, 1000])
+def test_none_stands_for_zeros(c, options):
+    """Of the ratio c / a and of terms of their own."""
+
+    def found(absent):
+        def estimator(objective, log_w):
+            if log_w.shape[1] == 5:  # the plan's
+                return Weights(log_w.softmax(0), c * log_w.softmax(0), log_w.softmax(0))
+            zeros = None if absent else torch.zeros_like(log_w)
+            return Weights(log_w.softmax(0), zeros, zeros)
+
+        model = LinearGaussian().off_posterior()
+        torch.manual_seed(0)
+        IWAE(k=5, gradient=estimator, **options)(model, model.data()).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    with_none, with_zeros = found(absent=True), found(absent=False)
+    for name, gradient in with_none.items():
+        torch.testing.assert_close(gradient, with_zeros.get(name, torch.zeros_like(gradient)), rtol=0, atol=0)
+    assert any(gradient.abs().max() > 0 for gradient in with_none.values())
 
 
 # The weights as the literature has them.

@@ -14,6 +14,7 @@ from torch.func import functional_call, grad
 from torch.nn.parallel import DistributedDataParallel
 
 from mcobjectives import IWAE, VAE, ModelError, Objective
+from mcobjectives.evaluation import evaluate, layer_activity
 from mcobjectives.likelihoods import bernoulli_log_likelihood
 
 OBJECTIVES = [
@@ -77,6 +78,38 @@ def test_ddp(data, objective):
     finally:
         dist.destroy_process_group()
     agree(found, eager(objective, model, x))
+
+
+def test_a_replicated_model_is_told_to_wrap_the_loss(data):
+    """Its .module would train each replica by its own half of the batch alone."""
+    model, x = data
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        replica = DistributedDataParallel(copy.deepcopy(model))
+        with pytest.raises(ModelError, match=r"DistributedDataParallel\(objective.bind\(model.module\)\)") as error:
+            IWAE(k=2)(replica, x)
+        assert "its .module" not in str(error.value)
+    finally:
+        dist.destroy_process_group()
+    with pytest.raises(ModelError, match=r"its \.module has: give that"):
+        IWAE(k=2)(torch.nn.DataParallel(copy.deepcopy(model)), x)
+
+
+def test_shapes_can_be_planned_on_the_meta_device():
+    """With distributions that do not look at their parameters, as torch's own do."""
+
+    class Planned(torch.nn.Linear):
+        def posterior(self, x):
+            return Independent(Normal(self(x), 1.0, validate_args=False), 1)
+
+        def log_joint(self, x, h):
+            return -((h - x) ** 2).sum(-1)
+
+    model, x = Planned(3, 3).to("meta"), torch.zeros(4, 3, device="meta")
+    for objective in (IWAE(k=2), IWAE(k=4, chunk_size=2), VAE(k=2, gradient="vimco")):
+        loss = objective(model, x)
+        loss.backward()
+        assert loss.is_meta and model.weight.grad.shape == (3, 3) and objective.bound(model, x).shape == (4,)
 
 
 def worker(rank: int, folder: str, objectives: list[Objective], model: Model, x) -> None:
@@ -207,12 +240,17 @@ def test_autocast(data, objective):
         assert (found - expected).norm() < 0.03 * expected.norm(), name
 
 
-def test_autocast_after_a_bound_without_a_graph(data):
+@pytest.mark.parametrize(
+    "before",
+    [lambda model, x: IWAE(k=3).bound(model, x), lambda model, x: evaluate(model, x, k=50), layer_activity],
+    ids=["bound", "evaluate", "layer_activity"],
+)
+def test_autocast_after_work_without_a_graph(data, before):
     """torch 2.9 keeps what it cast without a graph for code that has one."""
     model, x = data
     model = copy.deepcopy(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        IWAE(k=3).bound(model, x)
+        before(model, x)
         loss = IWAE(k=3)(model, x)
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())

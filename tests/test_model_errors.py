@@ -42,7 +42,7 @@ from mcobjectives import (
     objective_names,
     parameterless,
 )
-from mcobjectives.evaluation import evaluate
+from mcobjectives.evaluation import evaluate, layer_activity
 from mcobjectives.sampling import moving_support
 
 X = torch.tensor([0.9, -0.4, 2.0, 0.1], dtype=F64)
@@ -279,6 +279,47 @@ def test_an_empty_batch_is_refused_by_every_objective():
     for name in objective_names():
         with pytest.raises(ModelError, match="the batch is empty"):
             get_objective(name)()(LinearGaussian(), torch.zeros(0, 3, dtype=F64))
+
+
+def test_an_empty_batch_of_several_parts_is_refused_with_their_shapes():
+    parts = {"x": torch.zeros(0, 3, dtype=F64), "y": torch.zeros(0)}
+    with pytest.raises(ModelError, match=r"the batch is empty: x has shape \(0, 3\), \(0,\)"):
+        IWAE(k=2)(LinearGaussian(), parts)
+
+
+@dataclass
+class Opaque:
+    h: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "named"), [(lambda h: (h, None), "NoneType"), (lambda h: [h, 3], "int"), (Opaque, "Opaque")]
+)
+@pytest.mark.parametrize(
+    "use",
+    [
+        *(IWAE(k=4, **options) for options in ({}, {"gradient": "vimco"}, {"chunk_size": 2}, {"backward_samples": 2})),
+        lambda model, x: evaluate(model, x, k=30),
+        layer_activity,
+    ],
+    ids=["whole", "vimco", "chunks", "few", "evaluate", "layer_activity"],
+)
+def test_a_part_of_h_that_is_no_tensor_is_named(wrapped, named, use):
+    class Wrapped(LinearGaussian):
+        def posterior(self, x):
+            q = super().posterior(x)
+
+            class Posterior:
+                def rsample(self, shape):
+                    return wrapped(q.rsample(shape))
+
+                def log_prob(self, h):
+                    return q.log_prob(h[0])
+
+            return Posterior()
+
+    with pytest.raises(ModelError, match=f"h must be a tensor, or .*, a part of it is {named}$"):
+        use(Wrapped(), LinearGaussian().data())
 
 
 def test_densities_on_two_devices_are_reported():

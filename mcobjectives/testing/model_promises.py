@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mcobjectives.model import Latent, has_methods, log_weights
+from mcobjectives.model import Latent, called, has_methods, log_weights
 from mcobjectives.model import log_joint as density_of
 from mcobjectives.sampling import draw, has_rsample
 from mcobjectives.testing.densities import is_whole, normalisation, pathwise_identity, score_identity
@@ -44,10 +44,11 @@ def methods(s: Subject) -> None:
 def shape(s: Subject) -> None:
     batch = None
     for k in (s.k, 1):
-        posterior = s.model.posterior(s.x)
+        posterior = called(s.model, "posterior", x=s.x)
         h = draw(posterior, k)
         with torch.no_grad():
-            shapes = {"log q(h | x)": posterior.log_prob(h).shape, "log p(x, h)": density_of(s.model, s.x)(h).shape}
+            log_q, log_p = called(posterior, "log_prob", h=h), density_of(s.model, s.x)(h)
+            shapes = {"log q(h | x)": log_q.shape, "log p(x, h)": log_p.shape}
             for name in ("log_likelihood", "log_prior"):
                 if has_methods(s.model, "log_likelihood", "log_prior"):
                     value = s.model.log_likelihood(s.x, h) if name == "log_likelihood" else s.model.log_prior(h)
