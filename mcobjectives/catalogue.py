@@ -38,8 +38,7 @@ def broken_estimators() -> list[str]:
 
 
 def _entry(name: str) -> Entry:
-    points = plugins.registered(plugins.OBJECTIVES)[name]
-    package = " and ".join(plugins.distribution(point) for point in points)
+    package = " and ".join(plugins.claims(plugins.OBJECTIVES, name))
     try:
         cls: Any = plugins.get_objective(name)
         own = [f for f in fields(cls) if not f.kw_only]

@@ -194,7 +194,7 @@ def _value(spec: str, text: str, option: str, node: ast.expr) -> Any:
 
 
 def _name_of(cls: type) -> str:
-    if cls is Split:
+    if cls is Split and "split" not in objective_names():  # a plugin may claim it
         return "split"
     for name in objective_names():
         try:

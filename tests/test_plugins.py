@@ -12,9 +12,20 @@ import pytest
 import torch
 from toys import LinearGaussian, loss_gradient
 
-from mcobjectives import IWAE, PluginError, cli, estimator_names, get_estimator, get_objective, objective_names, plugins
+from mcobjectives import (
+    IWAE,
+    MIWAE,
+    PluginError,
+    Split,
+    cli,
+    estimator_names,
+    get_estimator,
+    get_objective,
+    objective_names,
+    plugins,
+)
 from mcobjectives.catalogue import catalogue
-from mcobjectives.specs import parse_objective
+from mcobjectives.specs import format_objective, import_objective, parse_objective
 from mcobjectives_examples.config import capped
 
 
@@ -178,6 +189,18 @@ def test_a_claim_on_a_built_in_name_is_a_clash_like_any_other(install):
     with pytest.raises(PluginError, match="estimator 'dreg' is claimed by acme-rival and mcobjectives"):
         IWAE(k=3, gradient="dreg")
     assert IWAE(k=3).gradient == "reparam"
+
+
+def test_a_claim_on_split_which_no_entry_point_registers_is_a_clash_too(install):
+    install("acme-splitter", MIN_WEIGHT, objectives={"split": "acme_splitter:MinWeight"})
+    clash = "objective 'split' is claimed by acme-splitter and mcobjectives: uninstall one of them"
+    for refused in (lambda: get_objective("split"), lambda: parse_objective("split()")):
+        with pytest.raises(ValueError, match=clash):
+            refused()
+    entry = next(entry for entry in catalogue() if entry.name == "split")
+    assert entry.error == clash and entry.package == "acme-splitter and mcobjectives"
+    objective = Split(generative=IWAE(k=6), inference=MIWAE(k1=3, k2=2))
+    assert import_objective(format_objective(objective)) == objective
 
 
 def test_one_distribution_seen_twice_on_the_path_is_no_clash(install):
