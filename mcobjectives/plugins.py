@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import keyword
+import unicodedata
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -63,6 +65,8 @@ def load(group: str, name: str) -> Any:
         hint = "parse_objective reads options; " if group == OBJECTIVES and "(" in str(name) else ""
         choice = ", ".join(registered(group)) or "none installed"
         raise PluginError(f"unknown {kind} {name!r}: {hint}choose from {choice}")
+    if group == OBJECTIVES and name != _spelt(name):
+        raise PluginError(f"{whose(group, name)} has a name that no spec can spell: register it as {_spelt(name)}")
     if len(claims(group, name)) > 1:
         raise PluginError(f"{kind} {name!r} is claimed by {' and '.join(claims(group, name))}: uninstall one of them")
     try:
@@ -129,6 +133,13 @@ def get_estimator(name: str) -> Estimator:
             f"{whose(ESTIMATORS, name)} is {found!r}, not a function (objective, log_weights) -> (a, c, s)"
         )
     return found
+
+
+def _spelt(name: str) -> str:
+    """The nearest name that a spec can spell; itself if it can."""
+    normal = unicodedata.normalize("NFKC", name)  # as Python reads names
+    spelt = "".join(c if f"_{c}".isidentifier() else "_" for c in normal)
+    return spelt if spelt.isidentifier() and not keyword.iskeyword(spelt) else f"_{spelt}"
 
 
 def _kind(group: str) -> str:

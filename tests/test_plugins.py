@@ -50,7 +50,7 @@ def install(tmp_path, monkeypatch):
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         lines = [f"[mcobjectives.{g}]\n" + "".join(f"{n} = {v}\n" for n, v in p.items()) for g, p in points.items()]
-        (info / "entry_points.txt").write_text("\n".join(lines))
+        (info / "entry_points.txt").write_text("\n".join(lines), encoding="utf-8")
         forget()
 
     yield lay_out
@@ -223,6 +223,34 @@ def test_what_only_looks_like_an_objective_is_refused(install):
     install("acme-duck", "class Duck:\n    def reduce(self, log_w): pass\n", objectives={"duck": "acme_duck:Duck"})
     with pytest.raises(PluginError, match=r"'duck' of acme-duck .* make it a subclass of mcobjectives\.Objective"):
         get_objective("duck")
+
+
+@pytest.mark.parametrize(
+    ("name", "spelt"),
+    [
+        ("my-dash", "my_dash"),
+        ("dot.name", "dot_name"),
+        ("lambda", "_lambda"),
+        ("None", "_None"),
+        ("2wise", "_2wise"),
+        ("ﬁne", "fine"),
+    ],
+)
+def test_an_objectives_name_that_no_spec_can_spell_is_refused(install, name, spelt):
+    install("acme-spelling", MIN_WEIGHT, objectives={name: "acme_spelling:MinWeight"})
+    mend = f"objective '{name}' of acme-spelling has a name that no spec can spell: register it as {spelt}"
+    with pytest.raises(PluginError, match=mend):
+        get_objective(name)
+    assert next(entry for entry in catalogue() if entry.name == name).error == mend
+    install("acme-speller", MIN_WEIGHT, objectives={spelt: "acme_speller:MinWeight"})
+    objective = get_objective(spelt)(k=3)
+    assert format_objective(objective) == f"{spelt}(k=3)" and parse_objective(f"{spelt}(k=3)") == objective
+
+
+def test_an_estimators_name_is_any_string(install):
+    install("acme-names", "from mcobjectives.estimators import dreg", estimators={"my-dash": "acme_names:dreg"})
+    assert IWAE(k=3, gradient="my-dash").plan == IWAE(k=3, gradient="dreg").plan
+    assert parse_objective("iwae(gradient='my-dash')").gradient == "my-dash"
 
 
 def test_a_distribution_without_a_name_is_reported_all_the_same(install, tmp_path):
