@@ -8,6 +8,7 @@ from typing import Any
 
 from mcobjectives import plugins
 from mcobjectives.messages import one_line
+from mcobjectives.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,10 @@ def broken_estimators() -> list[str]:
 
 def _entry(name: str) -> Entry:
     package = " and ".join(plugins.claims(plugins.OBJECTIVES, name))
+    base = {f.name for f in fields(Objective)}
     try:
         cls: Any = plugins.get_objective(name)
-        own = [f for f in fields(cls) if not f.kw_only]
+        own = [f for f in fields(cls) if f.name not in base]
         if any(f.init and f.default is f.default_factory is MISSING for f in own):
             return Entry(name, package, ", ".join(f.name for f in own))  # what it allows depends on what is given
         objective = cls()

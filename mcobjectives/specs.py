@@ -81,7 +81,8 @@ def format_objective(objective: Objective) -> str:
     """
     if not is_dataclass(objective):
         raise ValueError(f"{objective!r} is not a dataclass: its options cannot be written as a spec")
-    own_first = sorted(fields(objective), key=lambda f: f.kw_only is True)
+    base = {f.name for f in fields(Objective)}
+    own_first = sorted(fields(objective), key=lambda f: f.name in base)
     changed = [f for f in own_first if f.init and not _is_default(f, getattr(objective, f.name))]
     options = ", ".join(f"{f.name}={_format_value(f.name, getattr(objective, f.name))}" for f in changed)
     name = _name_of(type(objective))

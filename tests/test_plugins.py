@@ -324,6 +324,34 @@ def test_an_objective_that_takes_odd_k_alone_is_listed_with_all_others(install):
     assert "dreg" in entries["acme_uneven"].estimators and "vimco" in entries["vae"].estimators
 
 
+KEYWORD_ONLY = """
+    from dataclasses import dataclass
+    from mcobjectives import Objective
+
+    @dataclass(frozen=True, kw_only=True)
+    class Sharp(Objective):
+        k: int = 8
+        sharpness: float = 2.0
+
+        def reduce(self, log_w):
+            return log_w.mean(0)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Given(Sharp):
+        scale: float
+"""
+
+
+def test_keyword_only_options_are_listed_like_any_other(install):
+    install("acme-keyword", KEYWORD_ONLY, objectives={"sharp": "acme_keyword:Sharp", "given": "acme_keyword:Given"})
+    entries = {entry.name: entry for entry in catalogue()}
+    assert entries["sharp"].parameters == "k=8, sharpness=2.0" and "dreg" in entries["sharp"].estimators
+    assert entries["given"].parameters == "k, sharpness, scale" and not entries["given"].error
+    assert entries["iwae"].parameters == "k=50"
+    spec = "sharp(k=3, gradient='dreg')"
+    assert format_objective(parse_objective(spec)) == spec
+
+
 def test_the_command_line_lists_every_broken_plugin_and_all_that_works(install, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["mcobj", "objectives", "--json"])
     install("acme-broken", "import not_installed_anywhere", objectives={"acme_broken": "acme_broken:Thing"})
