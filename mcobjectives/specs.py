@@ -14,6 +14,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from numbers import Integral, Real
 from typing import Any
 
+from mcobjectives.messages import one_line
 from mcobjectives.objective import Objective
 from mcobjectives.objectives import Split
 from mcobjectives.plugins import OBJECTIVES, PluginError, get_objective, objective_names, whose
@@ -203,13 +204,20 @@ def _name_of(cls: type) -> str:
                 return name
         except PluginError:  # a broken plugin is none of this objective's business
             continue
+    if "." in cls.__qualname__:
+        raise ValueError(
+            f"{cls.__qualname__} of {cls.__module__} is inside a class or a function, where no spec finds it: "
+            "define it at the top of its module, or register it"
+        )
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def _is_default(field: Field[Any], value: Any) -> bool:
-    if field.default_factory is not MISSING:
-        return bool(value == field.default_factory())
-    return field.default is not MISSING and bool(value == field.default)
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    try:
+        return value is default or bool(value == default)
+    except Exception:  # several numbers, such as a tensor's, are not one truth value
+        return False
 
 
 def _format_value(option: str, value: Any) -> str:
@@ -218,10 +226,12 @@ def _format_value(option: str, value: Any) -> str:
         if ":" in spec.partition("(")[0]:
             raise ValueError(f"{option}={value!r}: {type(value).__name__} is not registered, so it cannot be nested")
         return spec if spec.endswith(")") else f"{spec}()"
-    if value is None or isinstance(value, bool | str):
+    if value is None or isinstance(value, bool):
         return repr(value)
+    if isinstance(value, str):
+        return repr(str.__str__(value))  # an enumeration's has a repr of its own
     if isinstance(value, Integral):
         return repr(int(value))
     if isinstance(value, Real) and not math.isnan(value):
         return repr(float(value)).replace("inf", "1e999")
-    raise ValueError(f"{option}={value!r} cannot be written as a number, a string, True, False or None")
+    raise ValueError(one_line(f"{option}={value!r} cannot be written as a number, a string, True, False or None"))

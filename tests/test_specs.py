@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from enum import Enum, StrEnum
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +23,26 @@ class Own(Objective):
 
     def reduce(self, log_w):
         return log_w.mean(0)
+
+
+class Outer:
+    @dataclass(frozen=True)
+    class Inner(Own):
+        pass
+
+
+class Mode(StrEnum):
+    B = "b"
+
+
+class OlderMode(str, Enum):  # noqa: UP042  as written before StrEnum
+    B = "b"
+
+
+@dataclass(frozen=True)
+class Weighted(Own):
+    table: torch.Tensor = torch.zeros(2)  # noqa: RUF009
+    made: list[int] = field(default_factory=list)
 
 
 class Hidden:
@@ -191,10 +213,32 @@ def test_an_objective_that_is_not_registered_is_written_for_import_objective():
         format_objective(Split(generative=Own(k=3), inference=IWAE(k=3)))
 
 
-@pytest.mark.parametrize("value", [math.nan, (1, 2), object()])
+@pytest.mark.parametrize("value", [math.nan, (1, 2), object(), torch.zeros(2), torch.zeros(2, 30)])
 def test_what_is_no_literal_is_not_written(value):
-    with pytest.raises(ValueError, match=r"limit=.* cannot be written"):
+    with pytest.raises(ValueError, match=r"limit=.* cannot be written") as raised:
         format_objective(Own(limit=value))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_default_that_is_no_literal_need_not_be_written():
+    assert format_objective(Weighted(k=3)) == f"{__name__}:Weighted(k=3)"
+
+
+@pytest.mark.parametrize("value", [Mode.B, OlderMode.B])
+def test_a_string_of_a_subclass_is_written_as_a_string(value):
+    objective = Own(limit=value)
+    assert format_objective(objective) == f"{__name__}:Own(limit='b')"
+    assert import_objective(format_objective(objective)) == objective
+
+
+def test_a_class_that_no_spec_finds_is_not_written():
+    @dataclass(frozen=True)
+    class Local(Own):
+        pass
+
+    for objective in (Outer.Inner(), Local(k=3)):
+        with pytest.raises(ValueError, match=r"(Outer\.Inner|Local) of .* is inside a class or a function"):
+            format_objective(objective)
 
 
 IMPORTS = {
