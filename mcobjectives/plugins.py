@@ -33,6 +33,9 @@ class PluginError(ValueError):
         unknown estimator 'nonesuch'
     """
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # it quotes what others' code raised
+
 
 @cache
 def registered(group: str) -> dict[str, tuple[EntryPoint, ...]]:
@@ -71,7 +74,9 @@ def load(group: str, name: str) -> Any:
         raise PluginError(f"{kind} {name!r} is claimed by {' and '.join(claims(group, name))}: uninstall one of them")
     try:
         return points[0].load()
-    except (Exception, SystemExit) as error:  # whatever its import does, a program that starts and leaves included
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever its import does, a program that starts and leaves included
         raise PluginError(
             f"{kind} {name!r} of {distribution(points[0])} ({points[0].value}) cannot be loaded: "
             f"{type(error).__name__}: {error}"

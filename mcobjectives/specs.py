@@ -58,7 +58,9 @@ def import_objective(spec: str) -> Objective:
     name, node = _parse(spec, rest)
     try:
         module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise _error(spec, f"cannot import {module_name}: {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, Objective)):

@@ -160,18 +160,36 @@ def test_a_broken_plugin_is_reported_by_its_distribution_and_breaks_nothing_else
     install("acme-missing", "", objectives={"acme_missing": "acme_missing:Thing"})
     install("acme-raising", "raise RuntimeError('boom')", objectives={"acme_raising": "acme_raising:Thing"})
     install("acme-leaving", "import sys; sys.exit(3)", objectives={"acme_leaving": "acme_leaving:Thing"})
-    assert {"acme_broken", "acme_missing", "acme_raising", "acme_leaving"} <= set(objective_names())
+    cancelled = "import asyncio; raise asyncio.CancelledError('on two\\nlines')"
+    install("acme-cancelled", cancelled, objectives={"acme_cancelled": "acme_cancelled:Thing"})
+    assert {"acme_broken", "acme_missing", "acme_raising", "acme_leaving", "acme_cancelled"} <= set(objective_names())
     for name, why in [
         ("acme_broken", "ModuleNotFoundError: .*not_installed_anywhere"),
         ("acme_missing", "AttributeError"),
         ("acme_raising", "RuntimeError: boom"),
         ("acme_leaving", "SystemExit: 3"),
+        ("acme_cancelled", "CancelledError: on two lines$"),
     ]:
         with pytest.raises(
             PluginError, match=rf"objective '{name}' of {name.replace('_', '-')} .*cannot be loaded: {why}"
         ):
             get_objective(name)
     assert get_objective("iwae") is IWAE
+
+
+def test_a_ctrl_c_while_a_plugin_is_imported_is_one(install):
+    install("acme-slow", "raise KeyboardInterrupt", objectives={"acme_slow": "acme_slow:Thing"})
+    with pytest.raises(KeyboardInterrupt):
+        get_objective("acme_slow")
+
+
+def test_what_an_estimator_raises_is_quoted_in_one_line(install):
+    raising = "raise RuntimeError('on two\\nlines')"
+    install("acme-import", raising, estimators={"acme_import": "acme_import:half"})
+    install("acme-call", f"def half(objective, log_w): {raising}", estimators={"acme_call": "acme_call:half"})
+    for name in ("acme_import", "acme_call"):
+        with pytest.raises(PluginError, match="RuntimeError: on two lines$"):
+            IWAE(k=3, gradient=name)
 
 
 def test_two_distributions_that_claim_a_name_are_both_named(install):

@@ -262,6 +262,12 @@ def test_import_objective_refuses_in_one_line(what):
 
 def test_a_module_that_raises_when_imported_is_named(tmp_path, monkeypatch):
     (tmp_path / "broken_objective.py").write_text("raise RuntimeError('two\\nlines')")
+    (tmp_path / "cancelled_objective.py").write_text("import asyncio; raise asyncio.CancelledError('two\\nlines')")
+    (tmp_path / "interrupted_objective.py").write_text("raise KeyboardInterrupt")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ValueError, match="cannot import broken_objective: RuntimeError: two lines"):
         import_objective("broken_objective:Mine")
+    with pytest.raises(ValueError, match="cannot import cancelled_objective: CancelledError: two lines"):
+        import_objective("cancelled_objective:Mine")
+    with pytest.raises(KeyboardInterrupt):
+        import_objective("interrupted_objective:Mine")
