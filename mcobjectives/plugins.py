@@ -59,10 +59,9 @@ def claims(group: str, name: str) -> list[str]:
     return sorted(found)
 
 
-@cache
 def load(group: str, name: str) -> Any:
     """The object that a plugin's entry point names; raises `PluginError` with the distribution that is at fault."""
-    points = registered(group).get(name, ())
+    points = registered(group).get(name, ()) if isinstance(name, str) else ()
     kind = _kind(group)
     if not points:
         hint = "parse_objective reads options; " if group == OBJECTIVES and "(" in str(name) else ""

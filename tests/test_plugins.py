@@ -31,7 +31,6 @@ from mcobjectives_examples.config import capped
 
 def forget():
     plugins.registered.cache_clear()
-    plugins.load.cache_clear()
 
 
 @pytest.fixture
@@ -400,3 +399,10 @@ def test_an_unknown_name_lists_what_there_is():
         get_estimator("drag")
     with pytest.raises(PluginError, match="unknown objective None"):
         get_objective(None)
+
+
+def test_a_name_that_is_no_string_is_as_unknown():
+    with pytest.raises(PluginError, match=r"unknown objective \['iwae'\]: choose from ciwae, "):
+        get_objective(["iwae"])
+    with pytest.raises(PluginError, match=r"^gradient: unknown estimator \['dreg'\]: choose from dreg, "):
+        IWAE(k=3, gradient=["dreg"])
