@@ -24,7 +24,7 @@ from mcobjectives import (
     objective_names,
     plugins,
 )
-from mcobjectives.catalogue import catalogue
+from mcobjectives.catalogue import broken_estimators, catalogue
 from mcobjectives.specs import format_objective, import_objective, parse_objective
 from mcobjectives_examples.config import capped
 
@@ -357,6 +357,39 @@ KEYWORD_ONLY = """
     class Given(Sharp):
         scale: float
 """
+
+
+def test_an_estimator_that_works_with_no_objective_is_broken(install):
+    source = """
+        from dataclasses import dataclass
+        from mcobjectives import Objective
+        from mcobjectives.estimators import dreg
+
+        @dataclass(frozen=True)
+        class Picky(Objective):
+            k: int = 8
+
+            def reduce(self, log_w):
+                return log_w.mean(0)
+
+        def pair(objective, log_w):
+            return log_w, log_w
+
+        def summed(objective, log_w):
+            return log_w.sum(0), None, None
+
+        def for_picky(objective, log_w):
+            if not isinstance(objective, Picky):
+                raise ValueError("for Picky alone")
+            return dreg(objective, log_w)
+    """
+    points = {name: f"acme_useless:{name}" for name in ("Picky", "pair", "summed", "for_picky")}
+    install("acme-useless", source, objectives={"picky": "acme_useless:Picky"}, estimators=points)
+    of_class, pair, summed = broken_estimators()
+    why = "of acme-useless works with no objective at its defaults"
+    assert of_class.startswith(f"estimator 'Picky' {why}: TypeError: Picky.__init__() takes")
+    assert summed.startswith(f"estimator 'summed' {why}: an estimator's weights must be (k, batch): a is (5,)")
+    assert pair.startswith(f"estimator 'pair' {why}: TypeError: ") and "missing 1 required" in pair
 
 
 def test_keyword_only_options_are_listed_like_any_other(install):
