@@ -48,7 +48,7 @@ def registered(group: str) -> dict[str, tuple[EntryPoint, ...]]:
 
 
 def distribution(point: EntryPoint) -> str:
-    return (point.dist and point.dist.name) or "an unknown distribution"
+    return (point.dist and point.dist.name) or f"an unknown distribution ({point.value})"
 
 
 def claims(group: str, name: str) -> list[str]:

@@ -278,6 +278,17 @@ def test_a_distribution_without_a_name_is_reported_all_the_same(install, tmp_pat
         get_objective("anonymous")
 
 
+def test_two_distributions_without_a_name_that_claim_one_name_clash(install, tmp_path):
+    for name in ("nameless-one", "nameless-two"):
+        module = name.replace("-", "_")
+        install(name, MIN_WEIGHT, objectives={"nameless": f"{module}:MinWeight"})
+        (tmp_path / f"{module}-1.0.dist-info" / "METADATA").unlink()
+    forget()
+    one, two = (rf"an unknown distribution \(nameless_{which}:MinWeight\)" for which in ("one", "two"))
+    with pytest.raises(PluginError, match=f"objective 'nameless' is claimed by {one} and {two}: uninstall one of them"):
+        get_objective("nameless")
+
+
 CONSTRUCTED = """
     from dataclasses import dataclass
     from mcobjectives import Objective
