@@ -456,6 +456,70 @@ def test_evaluation_refuses_what_has_no_row_for_each_data_point():
         evaluate(PyroModel(conjugate, exact_guide, weights="joint"), X, k=10)
 
 
+# Sites that depend on one another in ways that one sample alone does not show.
+
+SHIFTED = -0.5 * X**2 / 2.09 - 0.5 * math.log(2 * math.pi * 2.09)
+"""log p(x) where z ~ N(0, 1), w ~ N(z, 0.3) and x ~ N(w, 1)."""
+
+
+def walk(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+        w = pyro.sample("w", dist.Normal(z.sum(-1), 0.3))
+        pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+
+
+def walk_back(shrink):
+    """The posterior of `walk`, in which w depends on z without its event dimension."""
+
+    def guide(x):
+        loc = pyro.param("loc", x / 2.09)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(loc[:, None], (1.09 / 2.09) ** 0.5).to_event(1))
+            pyro.sample("w", dist.Normal((shrink(z) + 0.09 * x) / 1.09, (0.09 / 1.09) ** 0.5))
+
+    return guide
+
+
+@pytest.mark.parametrize("k", [1, 2, 60])
+@pytest.mark.parametrize("gradient", ["reparam", "stl", "dreg", "score", "rws"])
+def test_a_squeezed_sample_is_that_of_each(gradient, k):
+    elbo = ObjectiveELBO(IWAE(k=k, gradient=gradient))
+    for _ in range(2):
+        close(elbo.loss_and_grads(walk, walk_back(torch.squeeze), X), -SHIFTED.sum())
+    if gradient in ("stl", "dreg"):
+        close(pyro.param("loc").grad, torch.zeros(len(X)))
+
+
+@pytest.mark.parametrize("gradient", ["reparam", "stl", "dreg", "score"])
+def test_a_guide_for_one_sample_alone_is_refused_more(gradient):
+    guide = walk_back(lambda z: z.reshape(len(X), 1).sum(-1))
+    close(ObjectiveELBO(IWAE(k=1, gradient=gradient)).loss_and_grads(walk, guide, X), -SHIFTED.sum())
+    if gradient == "stl":
+        close(pyro.param("loc").grad, torch.zeros(len(X)))
+    with pytest.raises(RuntimeError, match=r"shape '\[5, 1\]' is invalid for input of size 20"):
+        ObjectiveELBO(IWAE(k=4, gradient=gradient)).loss_and_grads(walk, guide, X)
+
+
+def test_a_guide_that_branches_on_a_sample_has_one():
+    x, chance = torch.tensor(0.7), torch.tensor(0.4)
+    joint = torch.stack([1 - chance, chance]).log() + Normal(torch.tensor([0.0, 3.0]), 2**0.5).log_prob(x)
+
+    def model(x):
+        c = pyro.sample("c", dist.Bernoulli(chance))
+        z = pyro.sample("z", dist.Normal(3 * c, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        c = pyro.sample("c", dist.Bernoulli(joint.softmax(0)[1]))
+        pyro.sample("z", dist.Normal((x + 3.0 if c else x) / 2, 0.5**0.5))
+
+    for _ in range(4):
+        close(ObjectiveELBO(VAE(k=1, gradient="score")).loss(model, guide, x), -joint.logsumexp(0))
+    with pytest.raises(RuntimeError, match="Boolean value of Tensor with more than one value is ambiguous"):
+        ObjectiveELBO(VAE(k=2, gradient="score")).loss(model, guide, x)
+
+
 # Where Pyro's own losses go wrong.
 
 

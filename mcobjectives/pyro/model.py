@@ -238,12 +238,9 @@ class GuidePosterior:
         # Distributions that do not depend on other sites' samples are kept: no further execution is needed.
         self._kept: Trace | None = None
         if owner._independent:
-            trace = self._record(1, preview=True)
-            if any(site.depends_on_samples(layout.nesting) for site in trace.values()):
-                owner._independent = False
-            else:
-                self._kept = trace
-        elif structure.subsampled:
+            self._kept = self._independent()
+            owner._independent = self._kept is not None
+        if self._kept is None and structure.subsampled:
             with torch.no_grad():  # for the indices, which every later execution shares
                 self._record(1, preview=True)
 
@@ -319,10 +316,20 @@ class GuidePosterior:
         assert h.trace is not None
         return h.trace
 
+    def _independent(self) -> Trace | None:
+        """The guide's sites, if none depends on another's samples."""
+        try:  # two, as at one sample a squeeze, a reshape or a branch hides the dependence
+            trace = self._record(2, preview=True)
+        except Exception:  # it is written for one sample, or raises again at those that count
+            return None
+        return None if any(site.depends_on_samples(self.layout.nesting) for site in trace.values()) else trace
+
     def _record(self, n: int, **options: Any) -> Trace:
         run = Recorder(n, self.layout.nesting, self.subsamples, **options)
-        trace = run.run(self.owner.guide, self.args, self.kwargs)
-        self.note(run)
+        try:
+            trace = run.run(self.owner.guide, self.args, self.kwargs)
+        finally:
+            self.note(run)
         check_guide(trace)
         check_random(trace)
         return trace
