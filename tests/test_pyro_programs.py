@@ -520,6 +520,32 @@ def test_a_guide_that_branches_on_a_sample_has_one():
         ObjectiveELBO(VAE(k=2, gradient="score")).loss(model, guide, x)
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [*ALL_WAYS, IWAE(k=1), IWAE(k=120), IWAE(k=120, chunk_size=50, gradient="dreg"), IWAE(k=6, gradient="vimco")],
+    ids=repr,
+)
+def test_what_a_guide_leaves_for_the_model_is_of_the_same_samples(objective):
+    class Guide:
+        def __call__(self, x):
+            loc = pyro.param("loc", x / 2)
+            with pyro.plate("data", len(x)):
+                self.twice = 2 * pyro.sample("z", dist.Normal(loc, 0.5**0.5))
+
+    guide = Guide()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(guide.twice / 2, 1.0), obs=x)
+
+    elbo = ObjectiveELBO(objective)
+    for _ in range(2):
+        close(elbo.loss_and_grads(model, guide, X), -evidence(X).sum())
+    if objective.gradient == "dreg":
+        close(pyro.param("loc").grad, torch.zeros(len(X)))
+
+
 # Where Pyro's own losses go wrong.
 
 

@@ -78,8 +78,8 @@ class PyroModel(torch.nn.Module):
 
     The programs are called as `model(x)` and `guide(x)`; with `Arguments(...)` in place of x, with those. The loss is
     minus the mean over the data plate (over its subsample, unscaled). One guide execution draws all samples, with what
-    depends on x alone computed once on batch rows; guides whose sites depend on one another are executed again where a
-    density is needed at other samples.
+    depends on x alone computed once on batch rows; guides whose sites depend on one another, or that leave the model
+    samples beside the sites, are executed again where a density is needed at other samples.
 
     Args:
         model: a Pyro program; data are observed by `obs` or `pyro.factor`.
@@ -126,7 +126,7 @@ class PyroModel(torch.nn.Module):
         self.max_plate_nesting, self.weights, self.scaled = max_plate_nesting, weights, scaled
         self._structure: Structure | None = None
         self._seen_in_inference = False
-        self._independent = True  # until a run of the guide shows otherwise
+        self._independent = True  # until a run of the programs shows otherwise
 
     def posterior(self, x: Any) -> GuidePosterior:
         """The guide at x, its sites on `(k, batch)`."""
@@ -156,6 +156,7 @@ class PyroModel(torch.nn.Module):
         if self._structure is None or (self._seen_in_inference and not inference):
             self._structure = inspect(self.model, self.guide, args, kwargs)
             self._seen_in_inference = inference
+            self._independent = self._independent and not self._structure.beside
         return self._structure
 
     def sites(self, h: Sites) -> dict[str, Tensor]:

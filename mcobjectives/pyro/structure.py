@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 
-from mcobjectives.context import generators_at
+from mcobjectives.context import generators_at, rng_state
 from mcobjectives.model import ModelError
 from mcobjectives.pyro.programs import Program, Recorder, Site, check_declared, common_plates, is_factor
 from mcobjectives.sampling import caches, is_discrete, moving_support
@@ -27,6 +27,7 @@ class Structure:
     moving_support: tuple[str, ...]
     caches: bool
     subsampled: bool
+    beside: bool  # whether the model reads what the guide has left beside its sites, in an attribute say
 
 
 def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Structure:
@@ -40,13 +41,20 @@ def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[
         moving = _moving(q)
         if moving:  # or was it with other sites' samples?
             moving = _moving(Recorder(None, 0, guide_run.subsamples, detach=True).run(guide, args, kwargs))
-        given = {name: site.value for name, site in q.items()}
-        p = Recorder(None, 0, guide_run.subsamples, given=given, draw=False).run(model, args, kwargs)
-    check_matched(q, p)
-    free = check_random(q)
-    sites = [*q.values(), *p.values()]
-    for site in sites:
-        check_declared(site, site.log_prob().shape)
+        given, state = {name: site.value for name, site in q.items()}, rng_state()
+
+        def at_given() -> dict[str, Site]:
+            with generators_at(state):
+                return Recorder(None, 0, guide_run.subsamples, given=given, draw=False).run(model, args, kwargs)
+
+        p = at_given()
+        check_matched(q, p)
+        free = check_random(q)
+        sites = [*q.values(), *p.values()]
+        for site in sites:
+            check_declared(site, site.log_prob().shape)
+        Recorder(None, 0, guide_run.subsamples).run(guide, args, kwargs)  # draws other samples
+        beside = _differ(p, at_given())
     plates = common_plates(sites)
     local = any(site.plates for site in sites if not site.observed)
     return Structure(
@@ -58,7 +66,13 @@ def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[
         moving_support=moving,
         caches=any(caches(site.fn) for site in free),
         subsampled=bool(guide_run.subsampled),
+        beside=beside,
     )
+
+
+def _differ(p: dict[str, Site], again: dict[str, Site]) -> bool:
+    """Whether two runs of a model at the same samples give other densities."""
+    return any(name not in again or not torch.equal(s.log_prob(), again[name].log_prob()) for name, s in p.items())
 
 
 def _moving(q: dict[str, Site]) -> tuple[str, ...]:
