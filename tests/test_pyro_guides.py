@@ -15,7 +15,7 @@ from pyro.infer import SVI, RenyiELBO  # noqa: E402
 from pyro.infer import autoguide as auto  # noqa: E402
 from torch.distributions import Normal  # noqa: E402
 
-from mcobjectives import IWAE, ModelError  # noqa: E402
+from mcobjectives import IWAE, VAE, ModelError  # noqa: E402
 from mcobjectives.evaluation import evaluate  # noqa: E402
 from mcobjectives.pyro import ObjectiveELBO, PyroModel  # noqa: E402
 
@@ -338,3 +338,110 @@ def test_a_planar_flow_needs_no_inverse_at_any_k():
     for options in ({"gradient": "dreg"}, {"backward_samples": 5}):
         with pytest.raises(ModelError, match="a flow without an inverse knows that of its latest samples alone"):
             IWAE(k=60, **options)(pair, x).backward()
+
+
+# Programs that change after the first look.
+
+
+def moving_programs():
+    """Uniform(-width, width), whose parameter may be frozen; behind it a Normal site that depends on it, or none."""
+    width = torch.tensor(1.5, requires_grad=True)
+
+    def model(x, depends):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            if depends:
+                z = pyro.sample("y", dist.Normal(z, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, depends):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Uniform(-width.expand(len(x)), width))
+            if depends:
+                pyro.sample("y", dist.Normal((x + z) / 2, 0.5**0.5))
+
+    return model, guide, width
+
+
+@pytest.mark.parametrize("depends", [False, True])
+@pytest.mark.parametrize("gradient", ["stl", "dreg", "score", "vimco"])
+def test_a_support_that_moves_once_its_parameter_is_trained_is_refused(gradient, depends):
+    model, guide, width = moving_programs()
+    x, elbo = torch.tensor([0.0, 3.0]), ObjectiveELBO(IWAE(k=4, gradient=gradient))
+    for _ in range(2):
+        width.requires_grad_(False)
+        assert math.isfinite(elbo.loss_and_grads(model, guide, x, depends))
+        width.requires_grad_(True)
+        with pytest.raises(ModelError, match=r"wrong for the guide of site\(s\) z, whose support moves"):
+            elbo.loss_and_grads(model, guide, x, depends)
+        assert math.isfinite(elbo.loss(model, guide, x, depends))
+    ObjectiveELBO(IWAE(k=4)).loss_and_grads(model, guide, x, depends)
+    assert width.grad is not None
+
+
+def normal_prior(x, uniform):
+    conjugate(x)
+
+
+def sometimes_uniform(x, uniform):
+    width = pyro.param("width", torch.tensor(0.7))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Uniform(x - width, x + width) if uniform else dist.Normal(x, width))
+
+
+def sometimes_discrete(x, discrete):
+    chance = pyro.param("chance", torch.tensor(0.7))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Bernoulli(chance.expand(len(x))) if discrete else dist.Normal(x, chance))
+
+
+def discrete_prior(x, discrete):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(0.5) if discrete else dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def test_a_branch_to_another_distribution_is_judged_by_it():
+    x, dreg = torch.tensor([0.5, -1.0]), ObjectiveELBO(IWAE(k=3, gradient="dreg"))
+    for uniform in (False, True, False):
+        if uniform:
+            with pytest.raises(ModelError, match=r"wrong for the guide of site\(s\) z, whose support moves"):
+                dreg.loss_and_grads(normal_prior, sometimes_uniform, x, uniform)
+        else:
+            dreg.loss_and_grads(normal_prior, sometimes_uniform, x, uniform)
+    for discrete in (False, True, False):
+        if discrete:
+            with pytest.raises(ModelError, match=r"rsample, which the guide of site\(s\) z does not have"):
+                dreg.loss_and_grads(discrete_prior, sometimes_discrete, x, discrete)
+        else:
+            dreg.loss_and_grads(discrete_prior, sometimes_discrete, x, discrete)
+
+
+def test_local_latents_after_a_look_at_a_global_one_alone_are_not_joined():
+    def model(x, local):
+        mean = pyro.sample("mean", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mean, 1.0)) if local else mean
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, local):
+        spread = 1 + len(x) / 2 if local else 1 + len(x)
+        loc = x.sum() / 2 / spread if local else x.sum() / spread
+        mean = pyro.sample("mean", dist.Normal(loc, spread**-0.5))
+        if local:
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal((mean + x) / 2, 0.5**0.5))
+
+    x = torch.tensor([1.0, -0.5, 2.0])
+    expected = {
+        local: -dist.MultivariateNormal(torch.zeros(3), (1 + local) * torch.eye(3) + 1).log_prob(x)
+        for local in (False, True)
+    }
+    iwae, vae = ObjectiveELBO(IWAE(k=5)), ObjectiveELBO(VAE(k=5))
+    close(iwae.loss(model, guide, x, False), expected[False])
+    with pytest.raises(ModelError, match="latent site 'z' is in the plate 'data', and at first no latent was in one"):
+        iwae.loss(model, guide, x, True)
+    joint = ObjectiveELBO(IWAE(k=5), weights="joint")
+    for elbo in (joint, vae):
+        for local in (False, True):
+            close(elbo.loss(model, guide, x, local), expected[local])

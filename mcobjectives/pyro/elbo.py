@@ -82,7 +82,7 @@ class ObjectiveELBO(ELBO):
         if self._pair is None or self._pair.model != model or self._pair.guide != guide:
             nesting = None if self.max_plate_nesting == math.inf else int(self.max_plate_nesting)
             pair = PyroModel(model, guide, max_plate_nesting=nesting, weights=self.weights, scaled=self._linear)
-            if self._linear and pair.structure(x).refusal:
+            if self._linear and pair.structure(x).plate is None:
                 pair.weights = "joint"
             self._pair = pair
         return self._pair

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils import _pytree as pytree
 from mcobjectives.context import rng_state, same_state
 from mcobjectives.model import ModelError
 from mcobjectives.pyro.programs import Layout, Program, Recorder, Site
-from mcobjectives.pyro.structure import Structure, check_guide, check_matched, check_random, inspect
+from mcobjectives.pyro.structure import Structure, check_guide, check_matched, check_random, inspect, kinds, moving
 
 
 class Arguments:
@@ -125,7 +126,6 @@ class PyroModel(torch.nn.Module):
         self.model, self.guide = model, guide
         self.max_plate_nesting, self.weights, self.scaled = max_plate_nesting, weights, scaled
         self._structure: Structure | None = None
-        self._seen_in_inference = False
         self._independent = True  # until a run of the programs shows otherwise
 
     def posterior(self, x: Any) -> GuidePosterior:
@@ -150,13 +150,11 @@ class PyroModel(torch.nn.Module):
         return self._density(h, likelihood=False, prior=True)
 
     def structure(self, x: Any) -> Structure:
-        """The programs' plates, found by one plain run at x and kept."""
-        args, kwargs = _as_arguments(x)
-        inference = torch.is_inference_mode_enabled()  # where no gradient shows what moves
-        if self._structure is None or (self._seen_in_inference and not inference):
+        """The programs' plates, found by plain runs at the first x and kept."""
+        if self._structure is None:
+            args, kwargs = _as_arguments(x)
             self._structure = inspect(self.model, self.guide, args, kwargs)
-            self._seen_in_inference = inference
-            self._independent = self._independent and not self._structure.beside
+            self._independent = not self._structure.beside
         return self._structure
 
     def sites(self, h: Sites) -> dict[str, Tensor]:
@@ -173,7 +171,8 @@ class PyroModel(torch.nn.Module):
         nesting = structure.nesting if self.max_plate_nesting is None else self.max_plate_nesting
         if nesting < structure.nesting:
             raise ModelError(f"max_plate_nesting must be at least {structure.nesting} here, got {nesting}")
-        return Layout(nesting, structure.plate if self.weights == "auto" else None)
+        joint = self.weights == "joint"
+        return Layout(nesting, None if joint else structure.plate, joint)
 
     def _sites(self, x: Any, h: Any) -> Sites:
         if not isinstance(h, Sites):
@@ -231,11 +230,7 @@ class GuidePosterior:
         self.owner, self.args, self.kwargs, self.layout = owner, args, kwargs, layout
         self.subsamples: dict[str, Any] = dict(subsamples or {})
         self._drawn = set(self.subsamples)
-        self.arguments = Arguments(*args, **kwargs)
-        structure = owner.structure(self.arguments)
-        self.has_rsample = not structure.without_rsample
-        self.is_discrete, self.moving_support = bool(structure.discrete), bool(structure.moving_support)
-        self.caches = structure.caches
+        structure = owner.structure(Arguments(*args, **kwargs))
         # Distributions that do not depend on other sites' samples are kept: no further execution is needed.
         self._kept: Trace | None = None
         if owner._independent:
@@ -244,6 +239,18 @@ class GuidePosterior:
         if self._kept is None and structure.subsampled:
             with torch.no_grad():  # for the indices, which every later execution shares
                 self._record(1, preview=True)
+        self._kinds = structure.kinds if self._kept is None else kinds(self._kept)
+        self.has_rsample, self.is_discrete = not self._kinds.without_rsample, bool(self._kinds.discrete)
+        self.caches = self._kinds.caches
+
+    @property
+    def moving_support(self) -> bool:
+        """Whether the support of a random site moves with parameters, and not with other sites' samples alone."""
+        return bool(self._moving)
+
+    @cached_property
+    def _moving(self) -> tuple[str, ...]:
+        return moving(self._record(1, preview=True, detach=True) if self._kept is None else self._kept)
 
     def rsample(self, sample_shape: torch.Size) -> Sites:
         """k samples, differentiable where the sites' distributions are: dict of `(k, batch, ...)`."""
@@ -268,8 +275,9 @@ class GuidePosterior:
         return total
 
     def named_by_sites(self, what: str) -> str:
-        """The guide by its sites that are `what` the structure tells, for messages."""
-        return f"the guide of site(s) {', '.join(getattr(self.owner.structure(self.arguments), what))}"
+        """The guide by its sites that are `what`, for messages."""
+        names = self._moving if what == "moving_support" else getattr(self._kinds, what)
+        return f"the guide of site(s) {', '.join(names)}"
 
     def note(self, run: Recorder) -> None:
         """Remember the subsamples that an execution has drawn: the samples belong to them."""

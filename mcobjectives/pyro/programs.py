@@ -200,11 +200,13 @@ def common_plates(sites: Iterable[Site]) -> list[tuple[str, int]]:
 class Layout:
     """Where (k, batch) lie among a program's dimensions `(k, plates..., event...)`.
 
-    `plate` is the data plate (name, dim) whose dimension is the batch; None for one weight for the whole data set.
+    `plate` is the data plate (name, dim) whose dimension is the batch; None for one weight for the whole data set,
+    which is right where no latent is in a plate, or if it is asked for: `joint`.
     """
 
     nesting: int
     plate: tuple[str, int] | None
+    joint: bool
 
     @property
     def axis(self) -> int | None:
@@ -266,6 +268,11 @@ class Layout:
     def _check(self, site: Site, log_p: Tensor, k: int) -> None:
         if self.plate is not None and self.plate not in site.plates:
             raise ModelError(f"site {site.name!r} is not in the plate {self.plate[0]!r}, as it was at first")
+        if self.plate is None and not self.joint and site.plates and not site.observed:
+            raise ModelError(
+                f"latent site {site.name!r} is in the plate {site.plates[0][0]!r}, and at first no latent was in one: "
+                'ask for one weight for the whole data set by weights="joint", or make a PyroModel for each kind of x'
+            )
         if log_p.dim() > self.nesting + 1 or log_p.shape[0] not in (1, k):
             raise ModelError(
                 f"the log-density at site {site.name!r} is {tuple(log_p.shape)}, expected {k} samples and then "

@@ -1,9 +1,9 @@
-"""What a pair of programs looks like, from one plain run of each: its plates, and whether it can be weighted at all."""
+"""What a pair of programs looks like, from plain runs of both: its plates, and whether it can be weighted at all."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
@@ -15,6 +15,14 @@ from mcobjectives.pyro.programs import Program, Recorder, Site, check_declared, 
 from mcobjectives.sampling import caches, is_discrete, moving_support
 
 
+class Kinds(NamedTuple):
+    """Names of a guide's random sites by what matters to a gradient, and whether any caches its densities."""
+
+    without_rsample: tuple[str, ...]
+    discrete: tuple[str, ...]
+    caches: bool
+
+
 @dataclass(frozen=True)
 class Structure:
     """Plate dimensions, the data plate (name, dim) if there is one, and why there is none where it matters."""
@@ -22,25 +30,19 @@ class Structure:
     nesting: int
     plate: tuple[str, int] | None
     refusal: str | None
-    without_rsample: tuple[str, ...]  # random sites of the guide, as are the next two
-    discrete: tuple[str, ...]
-    moving_support: tuple[str, ...]
-    caches: bool
+    kinds: Kinds
     subsampled: bool
     beside: bool  # whether the model reads what the guide has left beside its sites, in an attribute say
 
 
 def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Structure:
-    """Run both programs once, leaving the random number generator as it was."""
+    """Run both programs plainly, leaving the random number generator as it was."""
     if isinstance(poutine.unwrap(guide), Messenger):
         raise ModelError(f"{type(poutine.unwrap(guide)).__name__} runs inside the model: a guide must be a program")
-    with generators_at(), poutine.block(), torch.enable_grad():  # which shows a support that moves with parameters
+    with generators_at(), poutine.block():
         guide_run = Recorder(None, 0, {})
         q = guide_run.run(guide, args, kwargs)
         check_guide(q)
-        moving = _moving(q)
-        if moving:  # or was it with other sites' samples?
-            moving = _moving(Recorder(None, 0, guide_run.subsamples, detach=True).run(guide, args, kwargs))
         given, state = {name: site.value for name, site in q.items()}, rng_state()
 
         def at_given() -> dict[str, Site]:
@@ -49,7 +51,7 @@ def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[
 
         p = at_given()
         check_matched(q, p)
-        free = check_random(q)
+        check_random(q)
         sites = [*q.values(), *p.values()]
         for site in sites:
             check_declared(site, site.log_prob().shape)
@@ -61,10 +63,7 @@ def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[
         nesting=-min((dim for site in sites for _, dim in site.plates if dim is not None), default=0),
         plate=plates[0] if plates else None,
         refusal=None if plates or not local else _refusal(q, p),
-        without_rsample=tuple(site.name for site in free if not site.fn.has_rsample),
-        discrete=tuple(site.name for site in free if is_discrete(site.fn)),
-        moving_support=moving,
-        caches=any(caches(site.fn) for site in free),
+        kinds=kinds(q),
         subsampled=bool(guide_run.subsampled),
         beside=beside,
     )
@@ -75,7 +74,17 @@ def _differ(p: dict[str, Site], again: dict[str, Site]) -> bool:
     return any(name not in again or not torch.equal(s.log_prob(), again[name].log_prob()) for name, s in p.items())
 
 
-def _moving(q: dict[str, Site]) -> tuple[str, ...]:
+def kinds(q: dict[str, Site]) -> Kinds:
+    free = [site for site in q.values() if site.free]
+    return Kinds(
+        without_rsample=tuple(site.name for site in free if not site.fn.has_rsample),
+        discrete=tuple(site.name for site in free if is_discrete(site.fn)),
+        caches=any(caches(site.fn) for site in free),
+    )
+
+
+def moving(q: dict[str, Site]) -> tuple[str, ...]:
+    """The random sites of a guide whose support carries a gradient."""
     return tuple(site.name for site in q.values() if site.free and moving_support(site.fn))
 
 
@@ -89,12 +98,10 @@ def check_guide(q: dict[str, Site]) -> None:
             )
 
 
-def check_random(q: dict[str, Site]) -> list[Site]:
-    """The guide's random sites; raise where it has none."""
-    free = [site for site in q.values() if site.free]
-    if not free:
+def check_random(q: dict[str, Site]) -> None:
+    """Raise where the guide has no random site."""
+    if not any(site.free for site in q.values()):
         raise ModelError("the guide draws no random site, so there is nothing to weight: use pyro.infer.Trace_ELBO")
-    return free
 
 
 def check_matched(q: dict[str, Site], p: dict[str, Site]) -> None:
