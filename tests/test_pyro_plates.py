@@ -506,3 +506,66 @@ def test_scales_of_each_data_point_that_differ_between_sites_are_refused():
     guide = poutine.scale(exact_guide, scale=torch.tensor([1.0, 2.0]))
     with pytest.raises(ModelError, match="different scales"):
         IWAE(k=3).bound(PyroModel(model, guide), torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        *(IWAE(k=5, gradient=g) for g in [*PATHWISE, "score", "vimco", "rws"]),
+        IWAE(k=5, chunk_size=2),
+        IWAE(k=60, chunk_size=25, gradient="dreg"),
+        IWAE(k=8, backward_samples=3),
+        VAE(k=5),
+        Median(k=5),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("shape", [(), (1,), (3,)])
+def test_a_scale_has_its_gradient(objective, shape):
+    """The loss is -scale * bound, so that its slope is -bound; of a function of a parameter here, which has a graph."""
+    size = shape[0] if shape else 3
+    x = DATA[:size]
+
+    def scaled(program):
+        def run(x):
+            with poutine.scale(scale=pyro.param("root", torch.full(shape, 0.7)) ** 2):
+                program(x, spread=1.0)
+
+        return run
+
+    elbo = ObjectiveELBO(objective)
+    torch.manual_seed(1)
+    plain = objective.bound(PyroModel(conjugate, lambda x: exact_guide(x, spread=1.0)), x)
+    torch.manual_seed(1)
+    loss = elbo.loss_and_grads(scaled(conjugate), scaled(exact_guide), x)
+    close(loss, -0.49 * plain.sum())
+    close(pyro.param("root").grad, -1.4 * (plain if shape else plain.sum()))
+
+
+def test_the_gradient_of_a_scale_of_each_program_is_that_of_trace_elbo():
+    def scaled(program):
+        def run(x):
+            with poutine.scale(scale=pyro.param("root", torch.tensor(0.7)) ** 2):
+                program(x, spread=1.0)
+
+        return run
+
+    same_as_trace_elbo(scaled(conjugate), scaled(exact_guide), DATA[:3])
+
+
+def test_a_scale_whose_gradient_one_program_stops_is_another():
+    def scaled(program, stop):
+        def run(x):
+            root = pyro.param("root", torch.tensor(0.7))
+            with poutine.scale(scale=(root.detach() if stop else root) ** 2):
+                program(x)
+
+        return run
+
+    for stops in ((True, False), (False, True)):
+        model, guide = (scaled(program, stop) for program, stop in zip((conjugate, exact_guide), stops, strict=True))
+        elbo = ObjectiveELBO(IWAE(k=3))
+        close(elbo.loss(model, guide, DATA[:2]), -0.49 * LOG_P[:2].sum())
+        shown = " and ".join(f"0.49{'' if stop else ' with a gradient'}" for stop in reversed(stops))
+        with pytest.raises(ModelError, match=rf"different scales \({shown}\)"):
+            elbo.loss_and_grads(model, guide, DATA[:2])

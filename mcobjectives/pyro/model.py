@@ -109,7 +109,7 @@ class PyroModel(torch.nn.Module):
     """
 
     scale: float | Tensor = 1.0
-    """The scale that all sites had in the latest evaluation: a number, or `(batch,)`. It is not in the weights."""
+    """The scale that all sites had in the latest evaluation, not in the weights: a number, `()` or `(batch,)`."""
 
     def __init__(
         self,

@@ -235,7 +235,7 @@ class Layout:
         return total if total is None or total.shape[0] == k else total.expand(k, -1)
 
     def scale(self, sites: Iterable[Site]) -> float | Tensor:
-        """The one scale of all the sites: a number, or `(batch,)`. `ModelError` where they differ."""
+        """The one scale of all the sites: a number, `()`, or `(batch,)`. `ModelError` where they differ."""
         first: Site | None = None
         scale: float | Tensor = 1.0
         for site in sites:
@@ -260,7 +260,7 @@ class Layout:
             return float(site.scale)
         scale = self._padded(site.scale)
         if scale.numel() == 1:
-            return float(scale)
+            return scale.reshape(()) if _has_gradient(scale) else float(scale)
         if self.axis is None or scale.numel() != scale.shape[self.axis]:
             raise ModelError(f"the scale of site {site.name!r}, {tuple(site.scale.shape)}, varies within one weight")
         return scale.reshape(-1)
@@ -297,10 +297,17 @@ def is_factor(site: Site) -> bool:
 
 
 def _equal(a: float | Tensor, b: float | Tensor) -> bool:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
-    return math.isclose(a, b, rel_tol=1e-9)
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b) and _has_gradient(a) == _has_gradient(b)
+    return not (isinstance(a, Tensor) or isinstance(b, Tensor)) and math.isclose(a, b, rel_tol=1e-9)
+
+
+def _has_gradient(scale: Tensor) -> bool:
+    return scale.requires_grad and torch.is_grad_enabled()
 
 
 def _show(scale: float | Tensor) -> str:
-    return "one for each data point" if isinstance(scale, Tensor) else f"{scale:g}"
+    if not isinstance(scale, Tensor):
+        return f"{scale:g}"
+    shown = f"{float(scale):g}" if scale.dim() == 0 else "one for each data point"
+    return f"{shown} with a gradient" if _has_gradient(scale) else shown
