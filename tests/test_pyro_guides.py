@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from pyro_toys import DATA, PATHWISE, N, clean, close, conjugate, gradients, norm, same_as_trace_elbo  # noqa: F401  the fixture is for every test
+from pyro_toys import DATA, LOG_P, PATHWISE, N, clean, close, conjugate, gradients, norm, same_as_trace_elbo  # noqa: F401  the fixture is for every test
 from torch import nn
 
 pyro = pytest.importorskip("pyro")
@@ -338,6 +338,37 @@ def test_a_planar_flow_needs_no_inverse_at_any_k():
     for options in ({"gradient": "dreg"}, {"backward_samples": 5}):
         with pytest.raises(ModelError, match="a flow without an inverse knows that of its latest samples alone"):
             IWAE(k=60, **options)(pair, x).backward()
+
+
+def extra_site(name, delta=False):
+    """The exact guide of `conjugate` beside a random site that the model lacks."""
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample(name, dist.Normal(torch.zeros(()), 10.0), infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+            if delta:
+                pyro.sample("twice", dist.Delta(2 * torch.ones(len(x))), infer={"is_auxiliary": True})
+
+    return guide
+
+
+@pytest.mark.parametrize("guide", [extra_site("a"), extra_site("a", delta=True), extra_site("x")])
+def test_an_auxiliary_site_that_changes_no_variable_is_refused(guide):
+    for objective in (IWAE(k=3), VAE()):
+        with pytest.raises(ModelError, match=r"auxiliary site '[ax]' of the guide .* no Delta site of the model"):
+            ObjectiveELBO(objective).loss(conjugate, guide, torch.zeros(3))
+
+
+def test_an_auxiliary_site_of_the_model_too_is_a_latent_one():
+    """r(a | z) in the model for q(a): a is integrated out, and the bound is log p(x) where both are one density."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("a", dist.Normal(torch.zeros(()), 10.0))
+        conjugate(x)
+
+    close(ObjectiveELBO(IWAE(k=3)).loss(model, extra_site("a"), DATA), -LOG_P.sum())
 
 
 # Programs that change after the first look.

@@ -106,11 +106,20 @@ def check_random(q: dict[str, Site]) -> None:
 
 def check_matched(q: dict[str, Site], p: dict[str, Site]) -> None:
     """Raise where the guide draws what is not a latent site of the model."""
-    for site in q.values():
-        if not (site.observed or site.auxiliary) and (site.name not in p or p[site.name].observed):
+    matched = {name for name, site in q.items() if site.observed or (name in p and not p[name].observed)}
+    changes = any(not q[name].free for name in matched)
+    for name, site in q.items():
+        if name in matched:
+            continue
+        if not site.auxiliary:
             raise ModelError(
-                f"site {site.name!r} of the guide is not a latent site of the model, and would make the weights wrong; "
+                f"site {name!r} of the guide is not a latent site of the model, and would make the weights wrong; "
                 'if a Delta site depends on it, mark it by infer={"is_auxiliary": True}'
+            )
+        if site.free and not changes:
+            raise ModelError(
+                f"auxiliary site {name!r} of the guide would make the weights wrong, as no Delta site of the model "
+                "and no factor can depend on it: leave it out of the guide"
             )
 
 
