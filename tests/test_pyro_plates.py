@@ -24,7 +24,7 @@ pyro = pytest.importorskip("pyro")
 
 import pyro.distributions as dist  # noqa: E402
 from pyro import poutine  # noqa: E402
-from pyro.infer import RenyiELBO  # noqa: E402
+from pyro.infer import RenyiELBO, Trace_ELBO  # noqa: E402
 from pyro.infer import autoguide as auto  # noqa: E402
 from torch.distributions import Normal  # noqa: E402
 
@@ -569,3 +569,49 @@ def test_a_scale_whose_gradient_one_program_stops_is_another():
         shown = " and ".join(f"0.49{'' if stop else ' with a gradient'}" for stop in reversed(stops))
         with pytest.raises(ModelError, match=rf"different scales \({shown}\)"):
             elbo.loss_and_grads(model, guide, DATA[:2])
+
+
+def sized(size, shape, latent):
+    """A plate of `size` drawn out of 100 around observations of `shape`, with the latent outside or inside."""
+
+    def model(x):
+        if not latent:
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("one", 100, subsample_size=size):
+            if latent:
+                z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(shape))
+
+    def guide(x):
+        if not latent:
+            pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        else:
+            with pyro.plate("one", 100, subsample_size=size):
+                pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_more_observations_than_their_plate_has_are_refused(latent):
+    for objective in (VAE(k=2), IWAE(k=2)):
+        with pytest.raises(ModelError, match="dimension -1 at site 'x' has size 6, and its plate 'one' has 1"):
+            ObjectiveELBO(objective).loss(*sized(1, 6, latent), DATA)
+    assert math.isfinite(ObjectiveELBO(VAE(k=2)).loss(*sized(6, 6, latent), DATA))
+    with pytest.raises(ValueError, match="invalid log_prob shape"):
+        Trace_ELBO(2, vectorize_particles=True, max_plate_nesting=1).loss(*sized(1, 6, latent), DATA)
+
+
+def test_observations_that_outgrow_their_plate_later_are_refused():
+    def model(x, more):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("one", 1):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[: 1 + more])
+
+    def guide(x, more):
+        pyro.sample("z", dist.Normal(x[0] / 2, 0.5**0.5))
+
+    elbo = ObjectiveELBO(IWAE(k=2))
+    close(elbo.loss(model, guide, DATA, 0), -LOG_P[0])
+    with pytest.raises(ModelError, match="dimension -1 at site 'x' has size 6, and its plate 'one' has 1"):
+        elbo.loss(model, guide, DATA, 5)

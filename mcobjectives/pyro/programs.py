@@ -32,6 +32,7 @@ class Site(NamedTuple):
     scale: float | Tensor
     mask: bool | Tensor | None
     plates: tuple[tuple[str, int | None], ...]  # (name, dim) of the plates around it, outermost first
+    sizes: tuple[int, ...]  # of these plates, or of their subsamples
     observed: bool
     auxiliary: bool
     delta: bool
@@ -141,14 +142,15 @@ class Recorder(Messenger):
             if not msg["is_observed"]:
                 raise ModelError(f"latent site {name!r} is masked as a whole: leave it out of the program")
             return
-        plates = tuple((frame.name, frame.dim) for frame in msg["cond_indep_stack"])
+        frames = msg["cond_indep_stack"]
         self.sites[name] = Site(
             name,
             msg["fn"],
             msg["value"],
             msg["scale"],
             msg["mask"],
-            plates,
+            tuple((frame.name, frame.dim) for frame in frames),
+            tuple(frame.size for frame in frames),
             msg["is_observed"],
             bool(msg["infer"].get("is_auxiliary")),
             not msg["is_observed"] and is_delta(msg["fn"]),
@@ -282,13 +284,21 @@ class Layout:
 
 
 def check_declared(site: Site, shape: torch.Size) -> None:
-    """Raise unless each dimension of a log-density (counted from the right) is a plate's."""
-    declared = {dim for _, dim in site.plates}
+    """Raise unless each dimension of a log-density (counted from the right) is a plate's, and of its size."""
+    declared = {dim: (name, size) for (name, dim), size in zip(site.plates, site.sizes, strict=True)}
     for i, size in enumerate(reversed(shape), 1):
-        if size > 1 and -i not in declared:
+        if size == 1:
+            continue
+        if -i not in declared:
             raise ModelError(
                 f"dimension {-i} of size {size} at site {site.name!r} is in no plate: "
                 "enclose it in pyro.plate, or use .to_event on the distribution"
+            )
+        plate, expected = declared[-i]
+        if size != expected:
+            raise ModelError(
+                f"dimension {-i} at site {site.name!r} has size {size}, and its plate {plate!r} has {expected}: "
+                "give the site the plate's part of the data, x[i] in `with plate as i`"
             )
 
 
