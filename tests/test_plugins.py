@@ -187,7 +187,7 @@ def test_what_an_estimator_raises_is_quoted_in_one_line(install):
     install("acme-import", raising, estimators={"acme_import": "acme_import:half"})
     install("acme-call", f"def half(objective, log_w): {raising}", estimators={"acme_call": "acme_call:half"})
     for name in ("acme_import", "acme_call"):
-        with pytest.raises(PluginError, match="RuntimeError: on two lines$"):
+        with pytest.raises(PluginError, match=r"RuntimeError: on two lines$"):
             IWAE(k=3, gradient=name)
 
 
