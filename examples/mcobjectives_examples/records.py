@@ -66,12 +66,15 @@ def table_runs(records: Records) -> list[TableRun]:
 
 
 def _groups(records: Records) -> list[Config]:
-    """One configuration of each data set, binarisation and preset, of the paper's models; without second stages."""
+    """One configuration of each data set, binarisation and preset of the paper's models, BGS16's protocol last.
+
+    Without second stages.
+    """
     first: dict[Any, Config] = {}
     for config in records:
         if config.after is None and config.latent is None:
             first.setdefault((config.dataset, config.binarisation, config.preset), config)
-    return list(first.values())
+    return sorted(first.values(), key=lambda config: config.binarisation == "epoch")
 
 
 def _rows(number: str, like: Config, records: Records) -> list[Row]:
