@@ -145,6 +145,7 @@ SPOIL = {
     "another model's": lambda path, state: torch.save(state | {"model": {"weight": torch.ones(2)}}, path),
     "no model at all": lambda path, state: torch.save(state | {"model": 3}, path),
     "a foreign position": lambda path, state: torch.save(state | {"position": None}, path),
+    "foreign parts": lambda path, state: torch.save(state | {"parts": [{"to_pass": 1.0}]}, path),
     "a foreign generator": lambda path, state: torch.save(state | {"rng": {"cpu": torch.ones(3)}}, path),
 }
 

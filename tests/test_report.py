@@ -512,6 +512,23 @@ def test_a_data_set_of_ones_own_is_reported(tmp_path):
     assert "run on mine" in page_of(tmp_path).text
 
 
+def test_a_cell_of_several_parts_tells_where_each_was_run(tmp_path):
+    config = configurations(rows(1, SHORT))[0]
+    made = result(config) | {"engine": "compiled"}
+    earlier = made["provenance"] | {"commit": 40 * "e", "date": "2025-01-01T00:00:00+00:00"}
+    made["earlier_parts"] = [{"to_pass": 1.5, "engine": "eager", "provenance": earlier}]
+    record(tmp_path, config, made=made)
+    page = page_of(tmp_path)
+    commits = {line["commit"]: line["cells"] for line in lines_of(page, "commit", "machine")}
+    assert commits == {10 * "c": "1", 10 * "e": "1"} and "A cell of several parts counts for each." in page.text
+    assert f"commit {10 * 'c'}, {10 * 'e'}; 2025-01-01 to 2025-01-02" in page.text
+    assert {line["engine"] for line in lines_of(page, "cell", "engine")} == {"eager, compiled"}
+    for wrong in ({}, [{}], [{"to_pass": 1.5, "engine": "eager"}], [earlier]):
+        record(tmp_path, config, made=made | {"earlier_parts": wrong})
+        with pytest.raises(CheckpointError, match=rf"{re.escape(config.name)}.*earlier_parts"):
+            report(tmp_path)
+
+
 def test_an_nll_that_is_not_finite_is_not_called_not_run(tmp_path):
     config = configurations(rows(6, SHORT))[0]
     record(tmp_path, config, nll=None)

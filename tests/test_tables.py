@@ -7,7 +7,7 @@ import torch
 from made_up import made_up, result
 
 from mcobjectives.specs import parse_objective
-from mcobjectives_examples import estimates, render
+from mcobjectives_examples import estimates, render, training
 from mcobjectives_examples.cells import Place, passes_done, recorded, result_path, run_cell
 from mcobjectives_examples.checkpoints import CheckpointError
 from mcobjectives_examples.config import Config
@@ -19,6 +19,7 @@ from mcobjectives_examples.files import write_json
 from mcobjectives_examples.findings import findings
 from mcobjectives_examples.paper import paper, table
 from mcobjectives_examples.presets import get_preset
+from mcobjectives_examples.provenance import provenance
 from mcobjectives_examples.sources import DATASETS
 from mcobjectives_examples.tables import binarisations, configurations, rows, with_results
 from mcobjectives_examples.training import Trainer
@@ -300,7 +301,17 @@ def test_a_result_tells_where_it_comes_from(config, digits, tmp_path):
     numbers = ("log_p_x_given_h", "kl_prior", "kl_posterior", "nll_pruned", "nll_unpruned_same_images")
     assert all(math.isfinite(found["metrics"][name]) for name in (*numbers, "reconstruction_error"))
     assert found["metrics"]["pruned_images"] == 75
-    assert run_cell(config, digits, Place(tmp_path, CPU)) == found  # and is not run again
+    assert run_cell(config, digits, Place(tmp_path, CPU)) == found and "earlier_parts" not in found  # nor run again
+
+
+def test_a_result_tells_of_the_parts_that_were_made_elsewhere(config, digits, tmp_path, monkeypatch):
+    elsewhere = provenance() | {"commit": "another"}
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "provenance", lambda: elsewhere)
+        Trainer(config, digits, CPU, tmp_path / f"{config.name}.pt").run()
+    found = run_cell(config, digits, Place(tmp_path, CPU))
+    assert found["earlier_parts"] == [{"to_pass": 1.0, "engine": "eager", "provenance": elsewhere}]
+    assert found["provenance"]["commit"] == provenance()["commit"] and recorded(tmp_path, config) == found
 
 
 def test_a_subset_of_the_test_images_is_drawn_from_all_of_them_and_the_same_in_every_run(config, digits):

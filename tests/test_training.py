@@ -198,6 +198,46 @@ def test_a_restored_run_goes_on_with_the_seconds_it_took(trainer):
     assert second.restore() and second.seconds == first.seconds > 0
 
 
+def surrounded(monkeypatch, commit, date="2025-01-02T03:04:05+00:00"):
+    """From here on runs are begun in these surroundings."""
+    machine = {"cpu": "a processor", "cores": 2, "threads": 1}
+    told = {"versions": {"mcobjectives": "0.1.0", "torch": "2.9"}, "commit": commit, "machine": machine, "date": date}
+    monkeypatch.setattr(training, "provenance", lambda: told)
+    return told
+
+
+def test_a_run_tells_of_all_its_parts(trainer, monkeypatch):
+    first, again, other = (
+        surrounded(monkeypatch, *made) for made in (("a", "2025-01-01"), ("a", "2025-01-02"), ("b", "2025-01-03"))
+    )
+    for surroundings, steps in ((first, 2), (again, 3), (other, 1), (other, 99)):
+        monkeypatch.setattr(training, "provenance", lambda now=surroundings: now)
+        run = trainer()
+        run.restore()
+        with pytest.raises(Interrupted) if steps < 99 else contextlib.nullcontext():
+            run.run(*until(steps))
+    assert run.parts == [
+        {"to_pass": 1.25, "engine": "eager", "provenance": first},
+        {"to_pass": 3.0, "engine": "eager", "provenance": other},
+    ]
+    surrounded(monkeypatch, "c")  # in which no step is taken
+    last = trainer()
+    assert last.restore() and last.parts[:2] == run.parts and len(last.parts) == 3
+    last.save()
+    surrounded(monkeypatch, "d")
+    assert last.restore() and last.parts[:2] == run.parts and len(last.parts) == 3
+
+
+def test_of_a_part_before_parts_were_recorded_the_surroundings_are_not_known(saved, trainer):
+    state = torch.load(saved.checkpoint, weights_only=True)
+    torch.save({key: value for key, value in state.items() if key != "parts"}, saved.checkpoint)
+    run = trainer()
+    assert run.restore()
+    run.run()
+    earlier, last = run.parts
+    assert earlier == {"to_pass": 0.5, "engine": "eager", "provenance": None} and last["provenance"]["machine"]
+
+
 def test_a_rate_that_is_a_tensor_is_set_in_place():
     rate = torch.tensor(1e-3)
     optimiser = torch.optim.Adam([torch.zeros(2, requires_grad=True)], lr=rate)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mcobjectives_examples import blocks
+from mcobjectives_examples.provenance import provenances
 from mcobjectives_examples.render import sources
 
 DOCS = Path(__file__).resolve().parents[1]
@@ -14,7 +15,7 @@ DOCS = Path(__file__).resolve().parents[1]
 
 def provenance(results: Iterable[dict[str, Any] | None]) -> str:
     """Versions, machines, commits and dates of results, in a line."""
-    found = (result["provenance"] for result in results if result is not None)
+    found = (source for result in results if result is not None for source in provenances(result))
     return f"{sources(found)}\n{{ .generated }}"
 
 

@@ -16,7 +16,6 @@ from mcobjectives_examples.config import Config, differing
 from mcobjectives_examples.evaluating import OnProgress, evaluate_model, scalars, test_images
 from mcobjectives_examples.files import write_json
 from mcobjectives_examples.logs import Log
-from mcobjectives_examples.provenance import provenance
 from mcobjectives_examples.results import read_result
 from mcobjectives_examples.sources import Dataset
 from mcobjectives_examples.training import Progress, Trainer, or_interrupted
@@ -148,7 +147,6 @@ def run_cell(
     found = recorded(place.out, config, dataset.checksum)
     if found is not None:
         return found
-    surroundings = provenance()  # as the run starts: the checkout may move on while it trains
     trainer = trainer_of(config, dataset, place, log=log, note=note)
     trainer.run(passes(on_progress), stop)
     began = time.monotonic()
@@ -157,15 +155,17 @@ def run_cell(
     if log is not None:
         for name, value in scalars(metrics):
             log(f"test/{name}", value, trainer.epoch)
+    *earlier, last = trainer.parts
     result = {
         "config": trainer.record,
         "metrics": metrics,
         "learning_curve": trainer.history,
         "data": dataset.record(),
-        "engine": trainer.engine.name if trainer.engine else "",
+        "engine": last["engine"],
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "seconds": {"train": round(trainer.seconds, 2), "evaluate": round(time.monotonic() - began, 2)},
-        "provenance": surroundings,
+        "provenance": last["provenance"],
+        **({"earlier_parts": earlier} if earlier else {}),
     }
     write_json(result_path(place.out, config), result)
     return result

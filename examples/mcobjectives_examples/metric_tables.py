@@ -67,10 +67,16 @@ def _table(name: str, cells: Records) -> Table:
     for config, result in cells.items():
         metrics = result["metrics"]
         line = [cell_name(config), str(config.seed), *(shown(metrics.get(key)) for key in keys)]
-        line += [shown(result.get("seconds", {}).get("train")), str(result.get("engine", ""))]
+        line += [shown(result.get("seconds", {}).get("train")), _engines(result)]
         line.insert(at, render.khat_cell(metrics.get("khat_mean"), metrics.get("khat_unreliable")))
         lines.append(line)
     return Table(name, header, lines, tuple(range(1, len(header) - 1)), "In nats for one image.")
+
+
+def _engines(result: dict[str, Any]) -> str:
+    """The engine of each part, in their order."""
+    parts = [*result.get("earlier_parts", []), result]
+    return ", ".join(dict.fromkeys(str(part.get("engine", "")) for part in parts))
 
 
 def shown(value: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from mcobjectives_examples.blocks import Block, Table
 from mcobjectives_examples.datasets import vouched
 from mcobjectives_examples.presets import Preset
+from mcobjectives_examples.provenance import provenances
 from mcobjectives_examples.records import Records
 from mcobjectives_examples.render import machine, short_commit
 
@@ -53,8 +54,8 @@ def _data(results: Iterable[dict[str, Any]]) -> Table:
 
 def _surroundings(results: Iterable[dict[str, Any]]) -> Table:
     groups: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
-    for result in results:
-        source = result.get("provenance") or {}
+    parts = [provenances(result) for result in results]
+    for source in (part or {} for of_one in parts for part in of_one):
         versions = source.get("versions", {})
         where = machine(source["machine"]) if "machine" in source else ""
         key = (short_commit(source.get("commit")), where, ", ".join(f"{n} {v}" for n, v in versions.items()))
@@ -63,4 +64,5 @@ def _surroundings(results: Iterable[dict[str, Any]]) -> Table:
         [str(len(dates)), *key, min(dates) if min(dates) == max(dates) else f"{min(dates)} to {max(dates)}"]
         for key, dates in groups.items()
     ]
-    return Table("Where it was run", ("cells", "commit", "machine", "versions", "date"), lines, (0,))
+    note = "A cell of several parts counts for each." if any(len(of_one) > 1 for of_one in parts) else ""
+    return Table("Where it was run", ("cells", "commit", "machine", "versions", "date"), lines, (0,), note)

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,22 @@ def provenance(**machine: Any) -> dict[str, Any]:
         | machine,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def with_part(earlier: Sequence[dict[str, Any]], now: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a run with the one at work, which is one with the last where only the date differs."""
+    if earlier and _undated(earlier[-1]) == _undated(now):
+        return [*earlier[:-1], now | {"provenance": earlier[-1]["provenance"]}]
+    return [*earlier, now]
+
+
+def _undated(part: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return part["engine"], {key: value for key, value in (part["provenance"] or {}).items() if key != "date"}
+
+
+def provenances(result: dict[str, Any]) -> list[dict[str, Any] | None]:
+    """Where the parts of a result were made, in their order, None where that is not known."""
+    return [*(part["provenance"] for part in result.get("earlier_parts", [])), result.get("provenance")]
 
 
 def commit() -> str | None:

@@ -17,6 +17,7 @@ from mcobjectives_examples.findings import findings
 from mcobjectives_examples.metric_tables import metric_tables
 from mcobjectives_examples.origins import origin_blocks
 from mcobjectives_examples.paper import paper, table
+from mcobjectives_examples.provenance import provenances
 from mcobjectives_examples.records import Records, TableRun, missing, read, table_runs
 from mcobjectives_examples.results import FORMATS, record_path
 
@@ -71,7 +72,7 @@ def _table_section(run: TableRun) -> Section:
     title = render.title(run.number, run.rows)
     results = [result for row in run.rows for result in row.results if result is not None]
     blocks = render.table_blocks("Ours beside the paper's", run.rows, findings(run.rows))
-    blocks.append(Text(render.sources(result.get("provenance") for result in results)))
+    blocks.append(Text(render.sources(source for result in results for source in provenances(result))))
     return Section(title, [*blocks, *curves.k_curves(run), *curves.learning_curves(run)])
 
 

@@ -30,6 +30,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 def _fault(result: Any) -> str:
     checks = {"config": _config, "metrics": _metrics, "data": _data, "provenance": _provenance, "seconds": _seconds}
+    checks["earlier_parts"] = are_parts
     if not isinstance(result, dict):
         return "no object"
     needed = [name for name in ("config", "metrics", "data") if name not in result]
@@ -95,6 +96,17 @@ def _provenance(value: Any) -> bool:
     machine = value.get("machine")
     told = _texts(machine, "gpu") or (_texts(machine, "cpu") and _number(machine.get("threads")))
     return told and _texts(value.get("versions"), "mcobjectives", "torch")
+
+
+def are_parts(value: Any) -> bool:
+    """Whether these are parts of a run, as `Trainer.parts` tells them."""
+    return isinstance(value, list) and all(
+        _texts(part, "engine")
+        and _number(part.get("to_pass"))
+        and "provenance" in part
+        and _provenance(part["provenance"])
+        for part in value
+    )
 
 
 def _seconds(value: Any) -> bool:

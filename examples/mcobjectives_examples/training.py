@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ from mcobjectives_examples.engine import (
 )
 from mcobjectives_examples.logs import Log
 from mcobjectives_examples.models import PaperModel, paper_model
+from mcobjectives_examples.provenance import provenance, with_part
+from mcobjectives_examples.results import are_parts
 from mcobjectives_examples.sources import Dataset
 
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
@@ -102,6 +105,8 @@ class Trainer:
         self.seconds = 0.0
         self.together = 1  # runs that share the time of this one's steps
         self.engine: Engine | None = None
+        self.surroundings = provenance()  # as the run starts: the checkout may move on while it trains
+        self.earlier_parts: list[dict[str, Any]] = []  # of other processes
         self.rng = self._rng_state()  # what others draw between now and `run` changes nothing
 
     @property
@@ -115,6 +120,13 @@ class Trainer:
     @property
     def progress(self) -> Progress:
         return Progress(self.epoch + self.step / self.steps_per_pass, self.preset.passes)
+
+    @property
+    def parts(self) -> list[dict[str, Any]]:
+        """Up to which pass, by which engine and in which surroundings the run was made; the last is at work."""
+        engine = self.engine.name if self.engine else ""
+        now = {"to_pass": self.progress.done, "engine": engine, "provenance": self.surroundings}
+        return with_part(self.earlier_parts, now)
 
     def run(self, on_step: OnStep = None, stop: Callable[[], bool] = lambda: False) -> None:
         """Train to the end of the preset; raises `Interrupted` after a checkpoint once `stop()` is true."""
@@ -258,6 +270,7 @@ class Trainer:
                 "engine": self.engine.name if self.engine else "",
                 "threads": torch.get_num_threads(),
                 "device": self.device.type,
+                "parts": self.parts,
                 "rng": self.rng,
             },
         )
@@ -281,6 +294,8 @@ class Trainer:
             self._set_rng_state(self.rng)
             before, now = state["threads"], torch.get_num_threads()
             device = state.get("device", self.device.type)
+            unknown = [{"to_pass": self.progress.done, "engine": state["engine"], "provenance": None}]
+            self.earlier_parts = _not_empty(state.get("parts", unknown))
         if before != now:
             self.note(f"the checkpoint is from a run on {before} threads, this is on {now}: last digits may differ")
         if device != self.device.type:
@@ -295,3 +310,11 @@ class Trainer:
         torch.set_rng_state(state["cpu"])
         if self.device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], self.device)
+
+
+def _not_empty(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The parts in which any step was taken; raises `ValueError` for what are no parts of a run."""
+    if not are_parts(parts):
+        raise ValueError("its parts are not those of a run")
+    begun = [0.0, *(part["to_pass"] for part in parts)]
+    return [part for part, before in zip(parts, begun, strict=False) if part["to_pass"] > before]
