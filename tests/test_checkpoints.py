@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
 import os
 import resource
+import signal
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
 from runs import CPU, TINY, until
 
-from mcobjectives_examples import checkpoints, training
+from mcobjectives_examples import checkpoints, files, training
 from mcobjectives_examples.checkpoints import CheckpointError
-from mcobjectives_examples.files import OutputError
+from mcobjectives_examples.files import OutputError, locked, require_unlocked
 from mcobjectives_examples.training import TrainingError
 
 # Not finite any more.
@@ -111,6 +115,65 @@ def test_a_folder_that_cannot_be_written_shows_before_the_first_step(trainer, tm
 def test_files_get_the_usual_permissions(saved, tmp_path):
     (tmp_path / "usual").write_text("")
     assert saved.checkpoint.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_what_one_process_writes_no_other_does(tmp_path):
+    path = tmp_path / "new" / "run-k-0.5-seed1"
+    with locked(path), locked(path.with_name("run-k-0.5-seed10")):
+        for refuses in (locked(path).__enter__, lambda: require_unlocked(path)):
+            with pytest.raises(
+                OutputError, match=r"another process is at work on .*/run-k-0.5-seed1: wait for its end"
+            ):
+                refuses()
+    assert not list(path.parent.iterdir())
+    require_unlocked(path)
+    with locked(path):
+        pass
+
+
+def test_a_killed_process_holds_no_lock_and_what_it_left_half_written_is_removed(tmp_path):
+    path = tmp_path / "run-seed1"
+    code = f"""
+import os, signal
+from pathlib import Path
+from mcobjectives_examples.files import locked, write_atomically
+path = Path({str(path)!r})
+with locked(path):
+    write_atomically(path.with_suffix(".pt"), lambda file: os.kill(os.getpid(), signal.SIGTERM))
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGTERM
+    others = tmp_path / ".run-seed10.pt.0123abcd.part"
+    others.write_text("")
+    assert len(list(tmp_path.glob(".run-seed1.pt.*.part"))) == 1 and (tmp_path / ".run-seed1.lock").exists()
+    require_unlocked(path)
+    assert list(tmp_path.iterdir()) == [others]
+
+
+def test_a_lock_that_its_owner_has_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    path, flock = tmp_path / "run", files.fcntl.flock
+
+    def late(file, how):
+        monkeypatch.setattr(files.fcntl, "flock", flock)
+        (tmp_path / ".run.lock").unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    with locked(path), pytest.raises(OutputError, match="another process"), locked(path):
+        pass
+
+
+@pytest.mark.parametrize("without", ["fcntl", "locks of the file system"])
+def test_where_there_are_no_locks_nothing_is_locked(tmp_path, monkeypatch, without):
+    def refuse(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if without == "fcntl":
+        monkeypatch.setattr(files, "fcntl", None)
+    else:
+        monkeypatch.setattr(files.fcntl, "flock", refuse)
+    with locked(tmp_path / "run"), locked(tmp_path / "run"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 class Evil:

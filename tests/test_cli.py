@@ -20,6 +20,7 @@ from mcobjectives import cli
 from mcobjectives.cli import models
 from mcobjectives_examples import checkpoints, downloads, engine, precision, presets, sources
 from mcobjectives_examples.binarisation import MODES
+from mcobjectives_examples.files import locked
 from mcobjectives_examples.paper import paper
 
 COMMANDS = ("reproduce", "train", "evaluate", "figure", "report", "objectives", "data", "check")
@@ -488,6 +489,21 @@ def test_what_is_wrong_with_a_last_cell_or_table_is_told_before_the_first_is_run
         refused(done, "not a readable checkpoint", broken.name)
         assert list(tmp_path.iterdir()) == [broken] and broken.read_text() == "no checkpoint"
         broken.unlink()
+
+
+def test_a_cell_at_which_another_process_is_at_work_is_refused_before_any_work(mcobj, tmp_path):
+    table = ["reproduce", "--table", 1, *QUICK, "--set", "k=2", "--out", tmp_path]
+    figure = ["figure", 3, *QUICK[:4], "--set", "passes=1", "--runs", tmp_path, "--device", "cpu"]
+    commands = {"2L-iwae-k-2": [table, [*table, "--jobs", 2], [*table, "--seeds", 2, "--stack"]]}
+    commands["1L-iwae-k-5"] = [["train", "--objective", "iwae(k=5)", *QUICK, "--out", tmp_path]]
+    commands["1L-iwae-k-50"] = [figure]
+    for cell, refusing in commands.items():
+        with locked(tmp_path / f"digits-once-{cell}-seed0"):
+            for command in refusing:
+                refused(mcobj(*command), f"another process is at work on {tmp_path}", f"{cell}-seed0: wait for its end")
+        assert not list(tmp_path.iterdir())
+    assert mcobj(*commands["1L-iwae-k-5"][0])[0] == 0
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".pt"]
 
 
 def test_a_figure_is_refused_where_its_file_or_models_cannot_be(mcobj, tmp_path):

@@ -16,9 +16,11 @@ from runs import CPU, MCOBJ
 
 from mcobjectives import cli
 from mcobjectives_examples import checkpoints
-from mcobjectives_examples.cells import Place, run_cell
+from mcobjectives_examples.cells import Place, cell_lock, run_cell
 from mcobjectives_examples.config import Config
 from mcobjectives_examples.datasets import load
+from mcobjectives_examples.files import OutputError
+from mcobjectives_examples.in_turn import run_in_turn
 from mcobjectives_examples.presets import configured
 from mcobjectives_examples.side_by_side import run_side_by_side
 from mcobjectives_examples.training import Interrupted, TrainingError
@@ -123,6 +125,23 @@ def test_a_cell_that_fails_stops_the_others_with_their_checkpoints(first, tmp_pa
     assert (tmp_path / f"{broken.name}.pt").read_text() == "no checkpoint"
     kept = tmp_path / f"{long.name}.pt"
     assert not kept.exists() or checkpoints.load(kept, None, CPU)["position"]["epoch"] < 3000
+
+
+@pytest.mark.parametrize("how", ["beside", "in turn", "stacked"])
+def test_a_cell_that_another_process_makes_is_refused_and_left_to_it(first, tmp_path, how):
+    cells = [first, replace(first, seed=1)]
+    hooks = {"on_progress": lambda *progress: None, "on_done": lambda config: None, "note": lambda text: None}
+    with cell_lock(tmp_path, cells[1]):
+        with pytest.raises(
+            (TrainingError, OutputError), match=rf"another process is at work on .*{cells[1].name}: wait"
+        ):
+            if how == "beside":
+                record(cells[1:], tmp_path)
+            else:
+                place = Place(tmp_path, CPU, engine="eager")
+                run_in_turn(cells, load("digits"), place, stack=how == "stacked", stop=lambda: False, **hooks)
+        assert not list(tmp_path.glob(f"{cells[1].name}*"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_process_that_is_killed_is_named(first, tmp_path):

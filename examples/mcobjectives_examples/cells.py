@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from mcobjectives_examples import checkpoints
 from mcobjectives_examples.config import Config, differing
 from mcobjectives_examples.evaluating import OnProgress, evaluate_model, scalars, test_images
-from mcobjectives_examples.files import write_json
+from mcobjectives_examples.files import locked, require_unlocked, write_json
 from mcobjectives_examples.logs import Log
 from mcobjectives_examples.results import read_result
 from mcobjectives_examples.sources import Dataset
@@ -44,6 +45,11 @@ def first_stage_path(out: Path, config: Config) -> Path:
     return out / f"{config.first_stage_name}.pt"
 
 
+def cell_lock(out: Path, config: Config) -> AbstractContextManager[None]:
+    """To be held by whoever makes a cell, from before its checkpoint is read until its result is written."""
+    return locked(out / config.name)
+
+
 def recorded(out: Path, config: Config, dataset_sha256: str | None = None) -> dict[str, Any] | None:
     """The recorded result of a cell, None if there is none; raises if the file is another configuration's."""
     path = result_path(out, config)
@@ -63,11 +69,13 @@ def passes_done(out: Path, configs: Sequence[Config], dataset_sha256: str) -> di
     """How many passes the checkpoints of cells that are to be run hold, 0 without one.
 
     Raises `CheckpointError` where one is broken or another run's, or where a second stage's first one is not among the
-    cells and cannot be gone on from: before work on any of them, not when its turn comes.
+    cells and cannot be gone on from, and `OutputError` where another process is at work on one: before work on any of
+    them, not when its turn comes.
     """
     names = {config.name for config in configs}
     done = dict.fromkeys(configs, 0)
     for config in configs:
+        require_unlocked(out / config.name)
         path = checkpoint_path(out, config)
         if path.exists():
             with checkpoints.readable(path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import secrets
@@ -9,6 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked
+    fcntl = None  # type: ignore[assignment]
 
 
 class OutputError(RuntimeError):
@@ -48,7 +54,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         with whole_file(path) as file:
             write(file)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error}: choose another folder with --out, or free space") from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"cannot write {path}: {error}: choose another folder with --out, or free space")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -66,3 +76,57 @@ def require_writable(path: Path) -> None:
     except OutputError as error:
         raise OutputError(str(error).replace(str(probe), str(path))) from error
     probe.unlink(missing_ok=True)  # somebody else may look at the same time
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Until the block or the process ends, no other process writes the files of this name, whatever their suffixes.
+
+    What a killed one left half-written is removed. Raises `OutputError` where another process is at work on them.
+    """
+    if fcntl is None:
+        yield
+        return
+    lock = _lock_file(path)
+    with _held(lock, path):
+        try:
+            for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+                part.unlink(missing_ok=True)
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink()
+
+
+def require_unlocked(path: Path) -> None:
+    """Raise `OutputError` where another process is at work on the files of this name."""
+    if _lock_file(path).exists():
+        with locked(path):
+            pass
+
+
+def _lock_file(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _held(lock: Path, path: Path) -> BinaryIO:
+    """The lock file, which is locked until it is closed."""
+    while True:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = lock.open("wb")
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise OutputError(
+                f"another process is at work on {path}: wait for its end, or choose another folder"
+            ) from error
+        except OSError:
+            return file  # on a file system without locks
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                return file
+        file.close()  # its owner has removed it meanwhile: what counts is the one that has the name

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 
 from mcobjectives.specs import parse_objective
-from mcobjectives_examples.cells import Place, passes, run_cell, trainer_of
+from mcobjectives_examples.cells import Place, cell_lock, passes, run_cell, trainer_of
 from mcobjectives_examples.config import Config
-from mcobjectives_examples.logs import Log, tensorboard_log
+from mcobjectives_examples.logs import tensorboard_log
 from mcobjectives_examples.sources import Dataset
 from mcobjectives_examples.stacking import pays, stacks, train_together
 
@@ -28,27 +28,31 @@ def run_in_turn(
     note: Callable[[str], None],
 ) -> None:
     """Record all cells; raises `Interrupted`, the one that was at work with a checkpoint, once `stop()` is true."""
-    together = _groups(configs, place.device, note) if stack else {}
-    for config in configs:
-        update = partial(on_progress, config)
-        with ExitStack() as logs:
+    for group in _groups(configs, place.device, note) if stack else _each(configs):
+        with ExitStack() as held:
+            for config in group:
+                held.enter_context(cell_lock(place.out, config))
+            logs = {c: held.enter_context(tensorboard_log(place.tensorboard, c.name)) for c in group}
+            if len(group) > 1:
+                trainers = [trainer_of(c, dataset, place, log=logs[c], note=note) for c in group]
+                train_together(trainers, passes(partial(on_progress, group[0])), stop)
+            for config in group:
+                update = partial(on_progress, config)
+                run_cell(config, dataset, place, on_progress=update, stop=stop, log=logs[config], note=note)
+                on_done(config)
 
-            def log_of(config: Config) -> Log | None:
-                return logs.enter_context(tensorboard_log(place.tensorboard, config.name))
 
-            if config in together:
-                trainers = [trainer_of(c, dataset, place, log=log_of(c), note=note) for c in together[config]]
-                train_together(trainers, passes(update), stop)
-            run_cell(config, dataset, place, on_progress=update, stop=stop, log=log_of(config), note=note)
-        on_done(config)
-
-
-def _groups(configs: Sequence[Config], device: torch.device, note: Callable[[str], None]) -> dict[Config, list[Config]]:
-    """Those to be trained together, each group by its first configuration."""
-    groups = [group for group in stacks(configs) if len(group) > 1]
-    if configs and not groups:
+def _groups(configs: Sequence[Config], device: torch.device, note: Callable[[str], None]) -> list[list[Config]]:
+    """Those to be trained together, in groups, and the others one by one."""
+    groups = stacks(configs)
+    several = [group for group in groups if len(group) > 1]
+    if configs and not several:
         note("nothing to stack: no two cells differ in seed or binarisation alone; try --seeds 3")
-    paying = [group for group in groups if pays(parse_objective(group[0].objective).k, device)]
-    if len(paying) < len(groups):
+    paying = [group for group in several if pays(parse_objective(group[0].objective).k, device)]
+    if len(paying) < len(several):
         note("on a CPU only cells of k = 1 are stacked: the others are trained one by one")
-    return {group[0]: group for group in paying}
+    return [part for group in groups for part in ([group] if group in paying else _each(group))]
+
+
+def _each(configs: Sequence[Config]) -> list[list[Config]]:
+    return [[config] for config in configs]

@@ -18,7 +18,7 @@ from typing import cast
 import torch
 
 from mcobjectives.messages import one_line
-from mcobjectives_examples.cells import Place, run_cell
+from mcobjectives_examples.cells import Place, cell_lock, run_cell
 from mcobjectives_examples.config import Config
 from mcobjectives_examples.datasets import load
 from mcobjectives_examples.logs import tensorboard_log
@@ -152,7 +152,7 @@ def _work(connection: Connection, config: Config, place: Place, threads: int) ->
         return connection.poll()  # a word from the first process, or its death
 
     try:
-        with tensorboard_log(place.tensorboard, config.name) as log:
+        with cell_lock(place.out, config), tensorboard_log(place.tensorboard, config.name) as log:
             run_cell(
                 config,
                 load(config.dataset, place.data_dir),

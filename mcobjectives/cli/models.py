@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from mcobjectives.cli.running import announce, running
 from mcobjectives.cli.show import CellBar, console, errors, grid
 from mcobjectives_examples import checkpoints, drawing, figures, files, render
-from mcobjectives_examples.cells import passes_done, recorded
+from mcobjectives_examples.cells import cell_lock, passes_done, recorded
 from mcobjectives_examples.config import Config
 from mcobjectives_examples.datasets import load
 from mcobjectives_examples.engine import pick_device
@@ -93,7 +94,8 @@ def draw_figure(
         for config in configs:
             bar = CellBar(bars, config.name)
             hooks: dict[str, Any] = {"on_progress": bar.update, "stop": stop, "note": errors.print}
-            models.append(figures.trained(config, loaded, runs, chosen_device, **hooks))
+            with cell_lock(runs, config) if config in untrained else nullcontext():
+                models.append(figures.trained(config, loaded, runs, chosen_device, **hooks))
             bar.close()
     content = figures.content(number, configs, models, loaded, data_dir)
     record = drawing.save(out, content, configs, loaded, surroundings)
