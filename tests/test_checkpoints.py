@@ -193,6 +193,12 @@ def test_code_in_a_checkpoint_is_not_run(saved, trainer, tmp_path):
     assert not (tmp_path / "owned").exists() and saved.checkpoint.read_bytes() == old
 
 
+def _place(path, state, **changes):
+    """Write a checkpoint with another position, history or time."""
+    position = state["position"] | {key: value for key, value in changes.items() if key in state["position"]}
+    torch.save(state | changes | {"position": position}, path)
+
+
 SPOIL = {
     "empty": lambda path, state: path.write_bytes(b""),
     "garbage": lambda path, state: path.write_bytes(b"garbage" * 1000),
@@ -208,6 +214,18 @@ SPOIL = {
     "another model's": lambda path, state: torch.save(state | {"model": {"weight": torch.ones(2)}}, path),
     "no model at all": lambda path, state: torch.save(state | {"model": 3}, path),
     "a foreign position": lambda path, state: torch.save(state | {"position": None}, path),
+    "a pass before the first": lambda path, state: _place(path, state, epoch=-5),
+    "a pass after the last": lambda path, state: _place(path, state, epoch=4, history=[-1.0] * 4),
+    "half a pass": lambda path, state: _place(path, state, epoch=0.5),
+    "no passes without a history": lambda path, state: _place(path, state, epoch=1),
+    "a step after the last": lambda path, state: _place(path, state, step=4),
+    "a step after the last pass": lambda path, state: _place(path, state, epoch=3, step=1, history=[-1.0] * 3),
+    "a history that is not finite": lambda path, state: _place(path, state, epoch=1, history=[math.nan]),
+    "a history of text": lambda path, state: _place(path, state, epoch=1, history=["x"]),
+    "a total beyond all numbers": lambda path, state: _place(path, state, total=10**400),
+    "a total that is not finite": lambda path, state: _place(path, state, total=math.inf),
+    "seconds of text": lambda path, state: _place(path, state, seconds="x"),
+    "seconds that are not finite": lambda path, state: _place(path, state, seconds=math.nan),
     "foreign parts": lambda path, state: torch.save(state | {"parts": [{"to_pass": 1.0}]}, path),
     "a foreign generator": lambda path, state: torch.save(state | {"rng": {"cpu": torch.ones(3)}}, path),
 }

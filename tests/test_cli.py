@@ -231,6 +231,11 @@ def test_evaluate_refuses_what_is_no_checkpoint_or_of_other_data(mcobj, tmp_path
     changed = json.dumps(json.loads(state["config"]) | {"data_sha256": "other"})
     torch.save(state | {"config": changed}, checkpoint)
     refused(mcobj("evaluate", checkpoint), "trained on other data")
+    config = json.loads(state["config"])
+    del config["data_sha256"]
+    for wrong in ({"config": json.dumps(config)}, {"position": {"epoch": "a"}}, {"position": {"epoch": 2}}):
+        torch.save(state | wrong, checkpoint)
+        refused(mcobj("evaluate", checkpoint), "lacks or mismatches what a run needs")
 
 
 def test_how_steps_are_executed_is_told_on_stderr(mcobj, tmp_path, monkeypatch):

@@ -136,6 +136,10 @@ def test_passes_done_are_those_of_the_checkpoints(digits, tmp_path):
     (tmp_path / f"{cells[-1].name}.pt").write_bytes((tmp_path / f"{cells[1].name}.pt").read_bytes())
     with pytest.raises(CheckpointError, match=r"belongs to another run \(differs in objective\)"):
         passes_done(tmp_path, cells, digits.checksum)
+    state = torch.load(tmp_path / f"{cells[1].name}.pt", weights_only=True)
+    torch.save(state | {"position": {"epoch": 2}}, tmp_path / f"{cells[1].name}.pt")
+    with pytest.raises(CheckpointError, match="epoch must be an integer from 0 to 1, got 2"):
+        passes_done(tmp_path, cells, digits.checksum)
 
 
 def test_a_second_stage_without_a_first_one_to_go_on_from_is_refused(digits, tmp_path):

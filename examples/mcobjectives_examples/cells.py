@@ -79,7 +79,8 @@ def passes_done(out: Path, configs: Sequence[Config], dataset_sha256: str) -> di
         path = checkpoint_path(out, config)
         if path.exists():
             with checkpoints.readable(path):
-                done[config] = int(checkpoints.load(path, config.to_dict(dataset_sha256), "cpu")["position"]["epoch"])
+                state = checkpoints.load(path, config.to_dict(dataset_sha256), "cpu")
+                done[config] = checkpoints.passes_of(state, config.preset.passes)
         elif config.after is not None and config.first_stage_name not in names:
             first = first_stage_path(out, config)
             if not first.exists():
@@ -110,7 +111,8 @@ def first_stage(out: Path, config: Config, dataset_sha256: str) -> dict[str, Any
             "first stage again"
         )
     with checkpoints.readable(path):
-        if state["position"]["epoch"] < Config.from_dict(theirs).preset.passes:
+        whole = Config.from_dict(theirs).preset.passes
+        if checkpoints.passes_of(state, whole) < whole:
             raise checkpoints.CheckpointError(f"{path} is not trained to its end: train the first stage first")
     return state
 

@@ -59,6 +59,17 @@ def load(path: Path, config: dict[str, Any] | None, device: torch.device | str) 
     return state
 
 
+def passes_of(state: dict[str, Any], passes: int) -> int:
+    """How many whole passes a checkpoint holds, of so many; raises `ValueError` for what is no such number."""
+    return whole_number("epoch", state["position"]["epoch"], passes)
+
+
+def whole_number(name: str, value: Any, most: int) -> int:
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"{name} must be an integer from 0 to {most}, got {value!r}")
+    return value
+
+
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
     """What a checkpoint's content does not allow is a `CheckpointError`."""
@@ -66,6 +77,6 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+    except (LookupError, ArithmeticError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         why = f"lacks or mismatches what a run needs ({first_line(error)})"
         raise CheckpointError(f"{path} {why}: move it away") from error

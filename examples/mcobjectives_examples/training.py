@@ -286,9 +286,14 @@ class Trainer:
             own = {key: group[key] for key in ("lr", "fused", "capturable")}
             self.optimiser.load_state_dict(state["optimiser"])
             self.optimiser.param_groups[0].update(own)  # of this device: a CUDA graph reads the rate from its tensor
-            self.epoch, self.step = state["position"]["epoch"], state["position"]["step"]
-            self.total.fill_(state["position"]["total"])
+            self.epoch = checkpoints.passes_of(state, self.preset.passes)
+            most = 0 if self.epoch == self.preset.passes else self.steps_per_pass - 1
+            self.step = checkpoints.whole_number("step", state["position"]["step"], most)
             self.history, self.seconds = list(state["history"]), state["seconds"]
+            total = state["position"]["total"]
+            if len(self.history) != self.epoch or not all(map(math.isfinite, (*self.history, self.seconds, total))):
+                raise ValueError("its history, seconds or total are not those of its passes")
+            self.total.fill_(total)
             self.engine = Engine(state["engine"], "as in the checkpoint") if state["engine"] else None
             self.rng = state["rng"]
             self._set_rng_state(self.rng)

@@ -39,10 +39,11 @@ def evaluate_checkpoint(
     chosen_device = pick_device(device)
     state = checkpoints.load(path, None, chosen_device)
     with checkpoints.readable(path):
-        record, passes = json.loads(state["config"]), state["position"]["epoch"]
-        config = Config.from_dict(record, nll_k=k, test_images=images)
+        record = json.loads(state["config"])
+        checksum, config = record["data_sha256"], Config.from_dict(record, nll_k=k, test_images=images)
+        passes = checkpoints.passes_of(state, config.preset.passes)
     dataset = load(config.dataset, data_dir, download=download)
-    if dataset.checksum != record["data_sha256"]:
+    if dataset.checksum != checksum:
         raise checkpoints.CheckpointError(f"{path} was trained on other data than {config.dataset} in this data folder")
     with checkpoints.readable(path):
         model = paper_model(config.layers, dataset.train.mean(0), config.latent).to(chosen_device)
