@@ -213,6 +213,13 @@ def test_train_and_evaluate_agree(mcobj, tmp_path):
     )
     status, out, err = mcobj("evaluate", checkpoint, "--k", 5, "--images", 20)
     assert status == 0 and re.search(r"points +20 *\n", out) and "not trained" not in err
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save(state | {"position": {"epoch": 0, "step": 3, "total": 0.0}}, checkpoint)
+    status, out, err = mcobj("evaluate", checkpoint, "--k", 5, "--images", 20, "--json")
+    evaluated = json.loads(out)
+    assert evaluated["passes_done"] == 0 and "not trained to its end: 0 of 1 pass" in err
+    changed = {"nll_k": 5, "test_images": 20}
+    assert evaluated["config"] == trained["config"] | {"preset": trained["config"]["preset"] | changed}
 
 
 def test_evaluate_refuses_what_is_no_checkpoint_or_of_other_data(mcobj, tmp_path):

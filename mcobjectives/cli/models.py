@@ -35,7 +35,7 @@ def print_metrics(name: str, result: dict[str, Any], out: Path | None) -> None:
 def evaluate_checkpoint(
     path: Path, k: int, images: int | None, data_dir: Path | None, download: bool, device: str
 ) -> tuple[str, dict[str, Any]]:
-    """Rebuild a checkpoint's model and data, and evaluate it anew."""
+    """Rebuild a checkpoint's model and data, and evaluate it anew; the configuration is that of this evaluation."""
     chosen_device = pick_device(device)
     state = checkpoints.load(path, None, chosen_device)
     with checkpoints.readable(path):
@@ -54,7 +54,7 @@ def evaluate_checkpoint(
         bar = CellBar(bars, config.name)
         metrics = evaluate_model(model, test_images(dataset, config), config.preset, bar.update, stop)
         bar.close()
-    return config.name, {"config": record, "metrics": metrics}
+    return config.name, {"config": config.to_dict(checksum), "passes_done": passes, "metrics": metrics}
 
 
 def draw_figure(
