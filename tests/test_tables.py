@@ -234,6 +234,25 @@ def test_a_metric_that_some_results_lack_is_averaged_over_the_others():
     assert made_up(metrics=lambda row, seed: {"nll_pruned": None})[0].mean("nll_pruned") is None
 
 
+def test_a_seed_that_is_not_finite_leaves_no_mean():
+    nlls = [20.0, 30.0, None]
+    done = made_up(seeds=3, metrics=lambda row, seed: {"nll": nlls[seed], "khat_mean": [0.5, 0.7, None][seed]})
+    assert render.cells(done[0])[3:6] == ["not finite", "89.87", "88.71"]
+    assert render.as_json("t", done, [])["rows"][0]["difference"] is None
+    assert "not finite" in {finding.verdict for finding in findings(done)}
+    pair = made_up(seeds=3, metrics=lambda row, seed: {"khat_mean": [0.5, 0.7, None][seed], "khat_unreliable": 0.0})
+    assert render.trust(pair[0])[1] == "0.60 (0 %)"
+
+
+def test_what_pruning_costs_is_averaged_over_the_same_seeds():
+    def metrics(row, seed, more=(90.0, 91.0, None)):
+        pruned = {"nll_pruned": more[seed], "nll_unpruned_same_images": [80.0, 90.0, 85.0][seed]}
+        return pruned | {"nll_pruned_stderr": 0.1} if row.k == 1 or seed < 2 else {}
+
+    rows_of = made_up(6, seeds=3, metrics=metrics)[0], made_up(seeds=3, metrics=metrics)[0]
+    assert [render.more_cells(row)[0] for row in rows_of] == ["+5.50 (2/3 seeds)", "not finite"]
+
+
 def test_a_partly_run_table_marks_what_is_missing():
     done = made_up(missing=lambda row, seed: row.layers == 2)
     text = render.markdown("Table 1", done, findings(done))

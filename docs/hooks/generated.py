@@ -92,7 +92,9 @@ def agreement() -> str:
             if rows[0].configs[0].binarisation != default_binarisation(table(number)["dataset"]):
                 continue  # the paper has no number by the other protocol
             found = [
-                (row.mean("nll") - row.paper["nll"], row) for row in rows if row.on_papers_data and row.values("nll")
+                (nll - row.paper["nll"], row)
+                for row in rows
+                if row.on_papers_data and (nll := row.mean("nll")) is not None
             ]
             if not found:
                 continue
@@ -244,7 +246,7 @@ def _one_layer_rows(folder: Path, numbers: Iterable[str], *, papers_data: bool) 
     for number in numbers:
         for row in (r for rows in _recorded_rows(number, folder) for r in rows):
             papers = row.layers == 1 and row.on_papers_data == papers_data
-            if papers and row.values("nll"):  # one that is not finite is in the tables
+            if papers and row.mean("nll") is not None:  # one that is not finite is in the tables
                 known.setdefault(row.configs[0].objective, row)
     return list(known.values())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -32,8 +33,8 @@ def cells(row: Row) -> list[str]:
     nll, spread = row.mean("nll"), row.spread("nll")
     none = NOT_FINITE if any(row.results) else NOT_RUN
     ours = none if nll is None else f"{nll:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
-    if nll is not None and not row.complete:
-        ours += f" ({len(row.values('nll'))}/{len(row.results)} seeds)"
+    if nll is not None:
+        ours += _of_seeds(len(row.values("nll")), row)
     kl = row.mean("kl_posterior")
     comparable = nll if row.on_papers_data else None
     bgs16 = row.bgs16 or {}
@@ -54,7 +55,8 @@ def cells(row: Row) -> list[str]:
 
 def trust(row: Row) -> list[str]:
     """The columns of `TRUST_HEADER` for one row."""
-    ess, khat, share = row.mean("ess_mean"), row.mean("khat_mean"), row.mean("khat_unreliable")
+    ess, khats, share = row.mean("ess_mean"), row.values("khat_mean"), row.mean("khat_unreliable")
+    khat = statistics.fmean(khats) if khats else None  # a seed's is None where all of its images' are not finite
     return ["" if ess is None else f"{ess:.3g}", khat_cell(khat, share)]
 
 
@@ -84,12 +86,21 @@ def title(number: int | str, table_rows: Sequence[Row]) -> str:
 
 def more_cells(row: Row) -> list[str]:
     """The columns of `MORE`, empty for what older results lack."""
-    pruned, whole = row.mean("nll_pruned"), row.mean("nll_unpruned_same_images")
     error = row.mean("reconstruction_error")
-    return [
-        "" if pruned is None or whole is None else f"{pruned - whole:+.2f}",
-        "" if error is None else f"{error:.2f}",
-    ]
+    return [_pruned(row), "" if error is None else f"{error:.2f}"]
+
+
+def _pruned(row: Row) -> str:
+    costs = row.pruning_costs
+    finite = [cost for cost in costs if cost is not None]
+    if len(finite) < len(costs):
+        return NOT_FINITE
+    return f"{statistics.fmean(finite):+.2f}{_of_seeds(len(finite), row)}" if finite else ""
+
+
+def _of_seeds(n: int, row: Row) -> str:
+    """How many of a row's seeds a number is of, where not of all."""
+    return "" if n == len(row.results) else f" ({n}/{len(row.results)} seeds)"
 
 
 def _rest(options: str) -> str:

@@ -77,12 +77,20 @@ class Row:
         return bool(self.results) and None not in self.results
 
     def mean(self, metric: str) -> float | None:
-        values = self.values(metric)
-        return statistics.fmean(values) if values else None
+        """Over the seeds that have the metric; None where one's is not finite, or none has it."""
+        values = [r["metrics"][metric] for r in self.results if r is not None and metric in r["metrics"]]
+        return statistics.fmean(values) if values and None not in values else None
 
     def spread(self, metric: str) -> float | None:
         values = self.values(metric)
         return statistics.stdev(values) if len(values) > 1 else None
+
+    @property
+    def pruning_costs(self) -> list[float | None]:
+        """By how much NLL grows without inactive units, in each seed that tells; None for what is not finite."""
+        recorded = [result["metrics"] for result in self.results if result is not None]
+        pairs = [(m["nll_pruned"], m["nll_unpruned_same_images"]) for m in recorded if "nll_pruned" in m]
+        return [None if None in pair else pair[0] - pair[1] for pair in pairs]
 
     def units(self, metric: str) -> str:
         """Units per layer, joined by "+", averaged over seeds."""
