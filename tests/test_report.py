@@ -20,6 +20,7 @@ from mcobjectives_examples.checkpoints import CheckpointError
 from mcobjectives_examples.config import Config
 from mcobjectives_examples.findings import findings
 from mcobjectives_examples.presets import get_preset
+from mcobjectives_examples.protocols import preset_names
 from mcobjectives_examples.report import html, report, write_report
 from mcobjectives_examples.tables import configurations, rows
 
@@ -274,6 +275,22 @@ def test_a_preset_that_was_reworded_is_still_one_protocol(tmp_path):
     record(tmp_path, replace(second, preset=replace(SHORT, about="in other words")))
     [run] = [run for run in records.table_runs(records.read(tmp_path)) if run.number == "1"]
     assert sum(row.complete for row in run.rows) == 3  # VAE and IWAE of one sample are one cell
+
+
+def test_cells_of_other_settings_by_one_presets_name_are_told_apart(tmp_path):
+    smoke = get_preset("smoke")
+    quick = replace(smoke.with_passes(1), batch_size=20)
+    for i, preset in enumerate((smoke, quick, SHORT)):
+        record(tmp_path, Config("mine", "once", 1, "vae(k=1)", preset, i, latent=2))
+    page = page_of(tmp_path)
+    names = ["smoke (12 passes, batch size 100)", "smoke (1 pass, batch size 20)", "short"]
+    for name in names:
+        assert page.text.count(f"mine, binarisation once, preset {name}") >= 2  # metrics, and a learning curve
+    assert sum(set(table[0]) >= {"cell", "NLL"} for table in page.tables) == 3
+    [settings] = [table for table in page.tables if len(table) > 1 and table[1][0] == "stages"]
+    assert sorted(settings[0][1:]) == sorted(names)
+    slower = replace(smoke, stages=((12, 1e-4),))
+    assert preset_names([smoke, slower])[slower] == "smoke (stages (12, 0.0001))"
 
 
 def test_a_cap_on_k_and_other_data_are_found_out(tmp_path):

@@ -10,7 +10,8 @@ from mcobjectives.specs import parse_objective
 from mcobjectives_examples.blocks import Block, Chart, Table
 from mcobjectives_examples.charts import COLOURS, Line, line_chart
 from mcobjectives_examples.config import Config
-from mcobjectives_examples.metric_tables import cell_name, run_as
+from mcobjectives_examples.metric_tables import cell_name
+from mcobjectives_examples.protocols import by_protocol
 from mcobjectives_examples.records import Records, TableRun
 from mcobjectives_examples.render import HEADER
 from mcobjectives_examples.tables import Row
@@ -28,29 +29,27 @@ def learning_curves(run: TableRun) -> list[Block]:
 def other_learning_curves(records: Records, runs: Sequence[TableRun]) -> list[Block]:
     """The same for what no table shows."""
     shown = {config for run in runs for row in run.rows for config in row.configs}
-    groups: defaultdict[str, Records] = defaultdict(dict)
-    for config, result in records.items():
-        if config not in shown:
-            groups[run_as(config)][config] = result
-    return [chart for cells in groups.values() for chart in _by_depth(cells)]
+    groups = by_protocol(records).items()
+    others = [(f", {name}", {c: result for c, result in cells.items() if c not in shown}) for name, cells in groups]
+    return [chart for name, cells in others for chart in _by_depth(cells, name)]
 
 
-def _by_depth(cells: Records) -> Iterator[Chart]:
+def _by_depth(cells: Records, protocol: str = "") -> Iterator[Chart]:
     for layers in sorted({config.layers for config in cells}):
         curves = {c: r["learning_curve"] for c, r in cells.items() if c.layers == layers and r.get("learning_curve")}
         names = list(dict.fromkeys(map(cell_name, curves)))
         for start in range(0, len(names), COLOURS):
             few = names[start : start + COLOURS]
-            yield _learning({c: curve for c, curve in curves.items() if cell_name(c) in few}, few, layers)
+            those = {c: curve for c, curve in curves.items() if cell_name(c) in few}
+            yield _learning(those, few, f"Learning curves, {layers}L{protocol}")
 
 
-def _learning(curves: dict[Config, list[float]], names: Sequence[str], layers: int) -> Chart:
+def _learning(curves: dict[Config, list[float]], names: Sequence[str], title: str) -> Chart:
     lines = []
     for config, bounds in curves.items():
         first = len(bounds) // 10
         points = [(float(i + 1), bound) for i, bound in enumerate(bounds) if i >= first]
         lines.append(Line(f"{cell_name(config)}, seed {config.seed}", points, f"c{names.index(cell_name(config))}"))
-    title = f"Learning curves, {layers}L"
     note = (
         "Mean bound of the training images in a pass, in nats, each of its own objective; the first tenth is not drawn."
     )

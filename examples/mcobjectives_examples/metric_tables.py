@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 from mcobjectives_examples import render
 from mcobjectives_examples.blocks import Block, Table
 from mcobjectives_examples.config import Config
+from mcobjectives_examples.protocols import by_protocol
 from mcobjectives_examples.records import Records
 
 NAMES = {
@@ -37,15 +37,7 @@ _IN_THE_FLAG = ("khat_mean", "khat_unreliable")
 
 def metric_tables(records: Records) -> list[Block]:
     """A table for each data set and protocol: a row for each cell and seed."""
-    groups: defaultdict[str, Records] = defaultdict(dict)
-    for config, result in records.items():
-        groups[run_as(config)][config] = result
-    return [_table(name, cells) for name, cells in groups.items()]
-
-
-def run_as(config: Config) -> str:
-    """What cells of one table have in common: data set, binarisation and preset."""
-    return f"{config.dataset}, binarisation {config.binarisation}, preset {config.preset.name}"
+    return [_table(name, cells) for name, cells in by_protocol(records).items()]
 
 
 def cell_name(config: Config) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import fields
 from typing import Any
 
 from mcobjectives_examples.blocks import Block, Table
 from mcobjectives_examples.datasets import vouched
 from mcobjectives_examples.presets import Preset
+from mcobjectives_examples.protocols import SETTINGS, plain, preset_names, worded
 from mcobjectives_examples.provenance import provenances
 from mcobjectives_examples.records import Records
 from mcobjectives_examples.render import machine, short_commit
@@ -26,18 +26,9 @@ def origin_blocks(records: Records) -> list[Block]:
 
 def _presets(presets: Iterable[Preset]) -> Table:
     ordered = sorted(presets, key=lambda preset: (preset.name, -preset.passes))
-    names = [f.name for f in fields(Preset) if f.name not in ("name", "about")]
-    lines = [[name.replace("_", " "), *(_plain(name, getattr(preset, name)) for preset in ordered)] for name in names]
+    lines = [[worded(name), *(plain(name, getattr(preset, name)) for preset in ordered)] for name in SETTINGS]
     note = "Stages are (passes, learning rate). A second stage has a schedule of its own."
-    return Table("Training and evaluation", ("", *(preset.name for preset in ordered)), lines, (), note)
-
-
-def _plain(name: str, value: Any) -> str:
-    if isinstance(value, tuple):
-        return ", ".join(f"({', '.join(f'{x:g}' for x in v)})" if isinstance(v, tuple) else f"{v:g}" for v in value)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return {"binarisation": "the data set's"}.get(name, "all") if value is None else str(value)
+    return Table("Training and evaluation", ("", *preset_names(ordered).values()), lines, (), note)
 
 
 def _data(results: Iterable[dict[str, Any]]) -> Table:
