@@ -251,6 +251,20 @@ def test_a_pickled_cache_is_not_unpickled(tiny, tmp_path):
     load("binarized_mnist", tmp_path)
 
 
+@pytest.mark.parametrize("write", [np.save, lambda file, array: np.savez(file, mine=array)])
+def test_arrays_of_ones_own_by_the_caches_name_are_kept(tiny, tmp_path, parses, write):
+    folder = tmp_path / "data"
+    put_bits(folder, tiny("binarized_mnist"))
+    mine = folder / "binarized_mnist" / "binarized_mnist_train.npz"
+    with mine.open("wb") as file:
+        write(file, np.arange(3))
+    before = mine.read_bytes()
+    for _ in range(2):
+        assert torch.equal(load("binarized_mnist", folder).train, torch.from_numpy(BITS[:4]).float())
+    assert mine.read_bytes() == before and len(parses) == 2  # the other cache serves
+    assert files_under(tmp_path / "cache") == ["mcobjectives/binarized_mnist/binarized_mnist_train.npz"]
+
+
 def test_a_folder_without_write_bits_is_left_alone(tiny, tmp_path, parses):
     folder = tmp_path / "data"
     put_bits(folder, tiny("binarized_mnist"))

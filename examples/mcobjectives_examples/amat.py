@@ -41,7 +41,7 @@ def _write_cache(source: Path, digest: str, packed: np.ndarray) -> None:
     # Beside the source, else in the user's cache folder, else nowhere: a cache is never worth failing for.
     for path in _cache_paths(source):
         try:
-            if _may_write(path.parent):
+            if _may_write(path.parent) and not _somebody_elses(path):
                 with whole_file(path) as file:
                     np.savez(file, packed=packed, sha256=np.array(digest))
                 return
@@ -57,6 +57,18 @@ def _cache_paths(source: Path) -> tuple[Path, Path]:
 def _may_write(folder: Path) -> bool:
     # Root may write anywhere, but a folder without any write bit is meant to be left alone.
     return not folder.exists() or (os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222))
+
+
+def _somebody_elses(path: Path) -> bool:
+    """Whether there are arrays, but no cache; what cannot be read is a broken one."""
+    try:
+        content = np.load(path, allow_pickle=False)
+    except Exception:
+        return False
+    if isinstance(content, np.ndarray):
+        return True
+    with content:
+        return set(content.files) != {"packed", "sha256"}
 
 
 def parse_amat(path: Path, rows: int, columns: int) -> np.ndarray:
