@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from mcobjectives_examples import checkpoints, drawing, figures, labels
+from mcobjectives_examples import checkpoints, drawing, figures, labels, report
 from mcobjectives_examples.binarisation import test_set
 from mcobjectives_examples.cells import checkpoint_path
 from mcobjectives_examples.checkpoints import CheckpointError
@@ -176,6 +176,26 @@ def test_a_figure_is_drawn_with_the_numbers_that_its_record_holds(contents, digi
         assert (tmp_path / f"{number}.svg").read_bytes() == first
         drawing.save(tmp_path / f"{number}.png", content, chosen, digits, provenance())
         assert (tmp_path / f"{number}.png").read_bytes().startswith(PNG)
+
+
+def test_a_figure_that_is_not_its_records_is_refused(contents, digits, tmp_path, monkeypatch):
+    path = tmp_path / "5.png"
+    chosen, _, content = contents[5]
+    drawing.save(path, content, chosen, digits, provenance())
+    assert len(list(report.pictures(tmp_path))) == 1
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(drawing.files, "write_json", full)
+    with pytest.raises(OSError, match="No space"):
+        drawing.save(path, dataclasses.replace(content, title="Another"), chosen, digits, provenance())
+    with pytest.raises(CheckpointError, match=r"5\.png is not the image that 5\.png\.json tells of: draw it again"):
+        list(report.pictures(tmp_path))
+    record = json.loads((tmp_path / "5.png.json").read_text())
+    del record["image_sha256"]  # as older records are
+    (tmp_path / "5.png.json").write_text(json.dumps(record))
+    assert len(list(report.pictures(tmp_path))) == 1
 
 
 # Training.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +52,7 @@ def save(
         "numbers": content.numbers(),
         "models": [config.to_dict(dataset.checksum) for config in configs],
         "data": dataset.record(),
+        "image_sha256": hashlib.sha256(image.getvalue()).hexdigest(),  # the two files are written one after the other
         "provenance": surroundings,
     }
     files.write_atomically(path, lambda file: file.write(image.getvalue()))

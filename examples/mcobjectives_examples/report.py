@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,13 @@ def pictures(folder: Path, linked: bool = True) -> Iterator[Picture]:
             with checkpoints.readable(record):
                 title, caption, alt = found["title"], found["caption"], found["alt"]
                 source = render.sources([found["provenance"]])
-            encoded = base64.b64encode(path.read_bytes()).decode()
+            image = path.read_bytes()
+            digest = sha256(image).hexdigest()
+            if found.get("image_sha256", digest) != digest:  # older records have none
+                raise checkpoints.CheckpointError(
+                    f"{path} is not the image that {record.name} tells of: draw it again or move both away"
+                )
+            encoded = base64.b64encode(image).decode()
             uri = f"data:{FORMATS[path.suffix]};base64,{encoded}"
             yield Picture(title, f"{caption} {source}", alt, uri, path.name if linked else "")
 
