@@ -523,6 +523,42 @@ def test_whatever_a_record_lacks_or_has_wrong_is_one_line_that_names_the_file_or
     assert refused >= {"config", "metrics", "data", "provenance", "seconds", "learning_curve"}
 
 
+@pytest.mark.parametrize(
+    ("path", "wrong"),
+    [
+        ("metrics.nll", 10**400),
+        ("metrics.nll", [1.0]),
+        ("metrics.khat_unreliable", [1, 2]),
+        ("metrics.active_units", 5),
+        ("metrics.active_units", [5, 5]),
+        ("metrics", {}),
+        ("learning_curve", [1e308, -1e308]),
+        ("data.files", [{"path": 5, "sha256": "abc", "verified": True}]),
+        ("data.files", [{"path": "a", "sha256": None, "verified": True}]),
+    ],
+)
+def test_a_value_that_no_run_records_is_one_line_that_names_the_file(tmp_path, path, wrong):
+    config = configurations(rows(1, SHORT))[0]
+    made = result(config)
+    name, _, key = path.partition(".")
+    made[name] = {**made[name], key: wrong} if key else wrong
+    record(tmp_path, config, made=made)
+    with pytest.raises(
+        CheckpointError, match=rf"{re.escape(config.name)}\.json is not a .* be: {name}\): move it away"
+    ):
+        report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [('{"metrics": {"nll": 1}, "metrics": {}}', "it has 'metrics' twice"), ("[" * 100_000, "recursion")],
+)
+def test_a_record_that_says_a_thing_twice_or_never_ends_is_named(tmp_path, text, why):
+    (tmp_path / "edited-seed0.json").write_text(text)
+    with pytest.raises(CheckpointError, match=f"cannot read .*edited-seed0.json: .*{why}.*move it away"):
+        report(tmp_path)
+
+
 def test_a_data_set_of_ones_own_is_reported(tmp_path):
     config = Config("mine", "once", 1, "vae(k=1)", replace(SHORT, name="own"))
     record(tmp_path, config)

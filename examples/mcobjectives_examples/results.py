@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,10 @@ from mcobjectives_examples.checkpoints import CheckpointError, read_json
 
 FORMATS = {".png": "image/png", ".svg": "image/svg+xml"}
 """The files that figures are drawn to, by their suffix, and what they are to a browser."""
+_LARGEST = 1e100
+"""Beyond all that float32 arithmetic gives, and well within what a chart can draw."""
+_OF_LAYERS = ("active_units", "pca_active_units")
+_NUMBERS = ("nll", "elbo", "kl_posterior", "ess_mean", "khat_mean", "khat_unreliable", "reconstruction_error")
 _OF_PRUNING = {"nll_pruned", "nll_unpruned_same_images", "nll_pruned_stderr"}
 
 
@@ -40,11 +42,13 @@ def _fault(result: Any) -> str:
     curve = result.get("learning_curve", [])
     if curve != [] and not _numbers(curve):
         bad.append("learning_curve")
+    if not bad and not _of_its_layers(result):
+        bad.append("metrics")
     return f"not what it should be: {', '.join(bad)}" if bad else ""
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
 
 
 def _texts(value: Any, *names: str) -> bool:
@@ -76,16 +80,31 @@ def _preset(value: Any) -> bool:
 
 def _metrics(value: Any) -> bool:
     """Numbers, a list of them for each layer, or None for what is not finite; the three of pruning together."""
-    if not isinstance(value, dict) or 0 < len(_OF_PRUNING & value.keys()) < len(_OF_PRUNING):
+    if not isinstance(value, dict) or "nll" not in value or 0 < len(_OF_PRUNING & value.keys()) < len(_OF_PRUNING):
         return False
-    return all(part is None or _number(part) or _numbers(part) for part in value.values())
+    numbers = [value.get(name) for name in (*_NUMBERS, *_OF_PRUNING)]
+    units = [value.get(name) for name in _OF_LAYERS]
+    return (
+        all(part is None or _number(part) for part in numbers)
+        and all(part is None or _numbers(part) for part in units)
+        and all(part is None or _number(part) or _numbers(part) for part in value.values())
+    )
+
+
+def _of_its_layers(result: dict[str, Any]) -> bool:
+    units = [result["metrics"].get(name) for name in _OF_LAYERS]
+    return all(part is None or len(part) == result["config"]["layers"] for part in units)
 
 
 def _data(value: Any) -> bool:
     if not (_texts(value, "sha256") and _number(value.get("test")) and isinstance(value.get("source", ""), str)):
         return False
     files = value.get("files")
-    return isinstance(files, list) and all(isinstance(file, dict) and "verified" in file for file in files)
+    return isinstance(files, list) and all(isinstance(file, dict) and _data_file(file) for file in files)
+
+
+def _data_file(file: dict[str, Any]) -> bool:
+    return "verified" in file and all(isinstance(file.get(name, ""), str) for name in ("path", "sha256"))
 
 
 def _provenance(value: Any) -> bool:
