@@ -60,7 +60,7 @@ def configurations(
 ) -> list[Config]:
     """The models that a figure shows, as configurations of a preset; one where a cap on k makes them equal."""
     wanted = figure(number)
-    name = dataset or wanted.dataset
+    name = wanted.dataset if dataset is None else dataset
     protocol = preset.binarisation_of(name)  # an unknown data set raises here
     if number == 2:
         class_names(name)  # as does one without classes

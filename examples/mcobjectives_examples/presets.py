@@ -128,8 +128,10 @@ def configured(name: str, overrides: Sequence[str], precision: str | None = None
             cap = int(value)
         else:
             preset = preset.with_passes(int(value)) if key == "passes" else replace(preset, **{key: int(value)})  # type: ignore[arg-type]
-    require_precision(precision or preset.precision)
-    return replace(preset, precision=precision or preset.precision), cap
+    if precision is not None:
+        preset = replace(preset, precision=precision)
+    require_precision(preset.precision)
+    return preset, cap
 
 
 def get_preset(name: str) -> Preset:

@@ -31,8 +31,14 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def _fault(result: Any) -> str:
-    checks = {"config": _config, "metrics": _metrics, "data": _data, "provenance": _provenance, "seconds": _seconds}
-    checks["earlier_parts"] = are_parts
+    checks = {
+        "config": _config,
+        "metrics": _metrics,
+        "data": _data,
+        "provenance": _provenance,
+        "earlier_parts": are_parts,
+        "seconds": _seconds,
+    }
     if not isinstance(result, dict):
         return "no object"
     needed = [name for name in ("config", "metrics", "data") if name not in result]

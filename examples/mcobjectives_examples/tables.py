@@ -110,8 +110,8 @@ def rows(
 ) -> list[Row]:
     """The rows of a table as configurations of a preset, on the paper's data set or another; `cap` limits every k."""
     grid = table(number)
-    name = dataset or grid["dataset"]
-    protocol = binarisation or preset.binarisation_of(name)
+    name = grid["dataset"] if dataset is None else dataset
+    protocol = preset.binarisation_of(name) if binarisation is None else binarisation
     beside: tuple[Row, ...] = ()
     if "beside" in grid:
         options: dict[str, Any] = {"dataset": dataset, "binarisation": binarisation, "seeds": seeds, "cap": cap}
@@ -151,7 +151,7 @@ def binarisations(
 
     Raises `DataError` for a protocol that is none, or does not fit the data.
     """
-    fixed = default_binarisation(dataset or table(number)["dataset"]) == "fixed"
+    fixed = default_binarisation(table(number)["dataset"] if dataset is None else dataset) == "fixed"
     if binarisation not in (None, "both"):
         require_mode(binarisation, binary=fixed and (strict or binarisation == "fixed"))
     if fixed and (binarisation == "both" or not strict):

@@ -7,10 +7,22 @@ from typing import Annotated
 
 import typer
 
+
+def path(text: str | Path) -> Path:
+    """A path that is typed; an empty one would be the current folder."""
+    if text == "":
+        raise typer.BadParameter("an empty path: name a folder or a file")
+    return Path(text)
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else, on stdout.")]
 DataDir = Annotated[
     Path | None,
-    typer.Option("--data-dir", help="Where the data sets are; else $MCOBJECTIVES_DATA, else a cache folder of yours."),
+    typer.Option(
+        "--data-dir",
+        parser=path,
+        help="Where the data sets are; else $MCOBJECTIVES_DATA, else a cache folder of yours.",
+    ),
 ]
 Download = Annotated[bool, typer.Option("--download", help="Fetch a missing data set from its official address.")]
 Device = Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1", ...; "auto" takes CUDA where there is one.')]
@@ -49,7 +61,9 @@ Binarisation = Annotated[
         "(a table of once and one of epoch)."
     ),
 ]
-Out = Annotated[Path, typer.Option(help="Folder of results and checkpoints: what is there is not run again.")]
+Out = Annotated[
+    Path, typer.Option(parser=path, help="Folder of results and checkpoints: what is there is not run again.")
+]
 Precision = Annotated[
     str | None,
     typer.Option(
@@ -59,5 +73,5 @@ Precision = Annotated[
 ]
 Tensorboard = Annotated[
     Path | None,
-    typer.Option(help="Write TensorBoard logs to this folder, each run to a folder of its own in it."),
+    typer.Option(parser=path, help="Write TensorBoard logs to this folder, each run to a folder of its own in it."),
 ]

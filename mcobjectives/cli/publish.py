@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mcobjectives.cli.options import DataDir, Dataset, Device, Download, Json, Overrides, PresetName
+from mcobjectives.cli.options import DataDir, Dataset, Device, Download, Json, Overrides, PresetName, path
 
 
 def figure(
@@ -17,14 +17,16 @@ def figure(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="File to draw, .png or .svg.", show_default="figure-NUMBER.png in --runs"),
+        typer.Option(parser=path, help="File to draw, .png or .svg.", show_default="figure-NUMBER.png in --runs"),
     ] = None,
     preset: PresetName = "smoke",
     dataset: Dataset = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the models.")] = 0,
     runs: Annotated[
         Path | None,
-        typer.Option(help="Folder of checkpoints: what is not there is trained.", show_default="runs/PRESET"),
+        typer.Option(
+            parser=path, help="Folder of checkpoints: what is not there is trained.", show_default="runs/PRESET"
+        ),
     ] = None,
     overrides: Overrides = None,
     data_dir: DataDir = None,
@@ -57,10 +59,14 @@ def figure(
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="A folder of results, as mcobj reproduce and train write them.")],
+    folder: Annotated[
+        Path, typer.Argument(parser=path, help="A folder of results, as mcobj reproduce and train write them.")
+    ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder to write report.html and report.md to.", show_default="the folder of results"),
+        typer.Option(
+            parser=path, help="Folder to write report.html and report.md to.", show_default="the folder of results"
+        ),
     ] = None,
 ) -> None:
     """Write all that a folder holds as one page of HTML that needs no network, and the same in Markdown.
@@ -71,5 +77,5 @@ def report(
     from mcobjectives.cli.show import console
     from mcobjectives_examples.report import write_report
 
-    for path in write_report(folder, out or folder):
-        console.print(f"Wrote {path}.", markup=False, highlight=False, soft_wrap=True)
+    for written in write_report(folder, out or folder):
+        console.print(f"Wrote {written}.", markup=False, highlight=False, soft_wrap=True)

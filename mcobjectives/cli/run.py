@@ -21,6 +21,7 @@ from mcobjectives.cli.options import (
     Precision,
     PresetName,
     Tensorboard,
+    path,
 )
 
 
@@ -34,7 +35,9 @@ def reproduce(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of results and checkpoints: what is there is not run again.", show_default="runs/PRESET"
+            parser=path,
+            help="Folder of results and checkpoints: what is there is not run again.",
+            show_default="runs/PRESET",
         ),
     ] = None,
     overrides: Overrides = None,
@@ -117,7 +120,8 @@ def train(
 
     chosen, cap = configured(preset, overrides or [], precision)
     spec = canonical(capped(objective, cap))
-    config = Config(dataset, binarisation or chosen.binarisation_of(dataset), layers, spec, chosen, seed)
+    protocol = chosen.binarisation_of(dataset) if binarisation is None else binarisation
+    config = Config(dataset, protocol, layers, spec, chosen, seed)
     place = Place(out, pick_device(device), data_dir, engine, tensorboard)
     require_engine(engine)
     loaded = load(dataset, data_dir, download=download)
