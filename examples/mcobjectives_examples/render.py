@@ -136,7 +136,8 @@ def caption(table_rows: Sequence[Row], *, beside: bool = True) -> str:
         f"data sha256 {sha}… ({vouched(d.get('source', ''), [f['verified'] for f in d['files']])})"
         for sha, d in checksums.items()
     )
-    least = min((d["test"] for d in checksums.values()), default=math.inf)
+    known = DATASETS[config.dataset].sizes[1] if config.dataset in DATASETS else math.inf
+    least = min((d["test"] for d in checksums.values()), default=known)
     few = preset.test_images is not None and preset.test_images < least
     images = f"{preset.test_images} random test images" if few else "all test images"
     passes, theirs = counted(preset.passes, "pass"), str(get_preset("paper").passes)
