@@ -381,6 +381,9 @@ def test_truncated_and_foreign_mat_files_are_refused(tiny, tmp_path):
     savemat(path, {"something": GREY})
     with pytest.raises(DataError, match=r"no .mat file with data and testdata"):
         load("omniglot", tmp_path)
+    mat(path, GREY[:4] / 255.0 + 0.5j, GREY[4:] / 255.0)
+    with pytest.raises(DataError, match=r"no .mat file with data and testdata of real numbers"):
+        load("omniglot", tmp_path)
     mat(path, GREY[:3] / 255.0, GREY[4:] / 255.0)
     with pytest.raises(DataError, match="train is 3 images of 6 pixels, not 4 of 6"):
         load("omniglot", tmp_path)

@@ -162,9 +162,10 @@ def _read_omniglot(source: Source, folder: Path) -> Dataset:
     content = path.read_bytes()
     try:
         arrays = loadmat(io.BytesIO(content), variable_names=["data", "testdata"])
-        parts = [np.asarray(arrays[key].T, dtype=np.float32) for key in ("data", "testdata")]
+        parts = [arrays[key].T.astype(np.float32, casting="same_kind") for key in ("data", "testdata")]
     except Exception as error:  # foreign bytes fail in loadmat in many ways
-        raise DataError(f"{path} is truncated or no .mat file with data and testdata; move it away") from error
+        what = ".mat file with data and testdata of real numbers"
+        raise DataError(f"{path} is truncated or no {what}; move it away") from error
     if file.official is None or not downloads.matches(path, file.official):
         about = f"{path.name}, {NOT_BGS16S} ({file.official}): another one, its pixels taken as row-major"
         return _dataset(source, parts, (DataFile(file.path, file_digest(path), None),), about)
