@@ -181,12 +181,13 @@ def _switching(table_rows: Sequence[Row]) -> Iterator[Finding]:
 
 
 def _drawn_anew(table_rows: Sequence[Row]) -> Iterator[Finding]:
-    """Pixels drawn for every pass, as BGS16's code does, against once: to this the paper puts down its higher NLLs."""
-    rows = _distinct(table_rows)
-    for layers in dict.fromkeys(row.layers for row in rows):
-        alike = [row for row in rows if row.layers == layers]
-        if not any(any(row.results) and any(row.drawn_once) for row in alike):
-            continue
+    """Pixels drawn for every pass, as BGS16's code does, against once: to this the paper puts down its higher NLLs.
+
+    Of the cells that are recorded by both: each is compared with itself alone.
+    """
+    both = [row for row in _distinct(table_rows) if any(row.results) and any(row.drawn_once)]
+    for layers in dict.fromkeys(row.layers for row in both):
+        alike = [row for row in both if row.layers == layers]
         nlls = [
             (_measured(row.drawn_once, "nll", f"{_label(row)} once"), _measured(row.results, "nll", "anew"))
             for row in alike
