@@ -127,7 +127,8 @@ def _batch_means(posterior: Any, half: int) -> list[tuple[Tensor, Tensor | None]
     halves = []
     for _ in range(2):
         h = Samples(posterior, half, pathwise=False).draw()
-        layers = posterior.layer_means(h) if has_methods(posterior, "layer_means") else pytree.tree_leaves(h)
+        conditional = has_methods(posterior, "layer_means")
+        layers = called(posterior, "layer_means", h=h) if conditional else pytree.tree_leaves(h)
         halves.append([in_float64(layer).mean(0) for layer in layers])
     cast_anew()
     means: list[tuple[Tensor, Tensor | None]] = [(_rows(a), _rows(b)) for a, b in zip(*halves, strict=True)]

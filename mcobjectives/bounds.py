@@ -15,7 +15,7 @@ from mcobjectives.analytic import expected_log_ratio
 from mcobjectives.context import cast_anew, generators_at, may_synchronise, refuse_transforms, rng_state, same_state
 from mcobjectives.derivatives import reduced
 from mcobjectives.estimators import Weights, warn_once
-from mcobjectives.model import Density, Latent, ModelError, called, likelihood, log_joint, require
+from mcobjectives.model import Density, Latent, ModelError, called, likelihood, log_joint, require, tensors
 from mcobjectives.replay import replayed, require_unchanged
 from mcobjectives.resampling import select
 from mcobjectives.sampling import (
@@ -247,9 +247,10 @@ def open_batch(objective: Objective, model: Any, x: Any) -> BatchBound:
         log_p = partial(likelihood, model, x)
     else:
         log_p = log_joint(model, x, objective.tempering)
-    tensors = [part for part in pytree.tree_leaves(x) if isinstance(part, Tensor)]
-    if tensors and not any(part.numel() for part in tensors):  # torch's own distributions stumble over it less legibly
-        raise ModelError(f"the batch is empty: x has shape {', '.join(str(tuple(part.shape)) for part in tensors)}")
+    parts = tensors(x)
+    if parts and not any(part.numel() for part in parts) and (x is parts[0] or len(parts) == len(x)):
+        # torch's own distributions stumble over it less legibly
+        raise ModelError(f"the batch is empty: x has shape {', '.join(str(tuple(part.shape)) for part in parts)}")
     posterior, plan = called(model, "posterior", x=x), objective.plan
     if torch.is_grad_enabled():
         _require_sound(objective, posterior)
@@ -272,13 +273,13 @@ def _cut_off(x: Any) -> tuple[Any, dict[Tensor, Tensor]]:
     upstream: dict[Tensor, Tensor] = {}
 
     def cut(part: Any) -> Any:
-        if not (isinstance(part, Tensor) and part.grad_fn is not None):
+        if not isinstance(part, Tensor) or part.grad_fn is None or part.is_nested:
             return part
         leaf = part.detach().requires_grad_()
         upstream[leaf] = part
         return leaf
 
-    return pytree.tree_map(cut, x), upstream
+    return pytree.tree_map(cut, x) if any(part.grad_fn is not None for part in tensors(x)) else x, upstream
 
 
 def _require_sound(objective: Objective, posterior: Any) -> None:

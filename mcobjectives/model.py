@@ -111,7 +111,7 @@ def called(owner: Any, method: str, **given: Any) -> Any:
     before = {name: _marks(value) for name, value in given.items()}
     found = getattr(owner, method)(*given.values())
     for name, marks in before.items():
-        if any(not torch.equal(part, m) if isinstance(m, Tensor) else part._version != m for part, m in marks):
+        if any(not _same(part, m) if isinstance(m, Tensor) else part._version != m for part, m in marks):
             raise ModelError(
                 f"{method}({', '.join(given)}) of {type(owner).__name__} changes {name} in place, which is used again "
                 f"after it: use no inplace=True in the first layer, and {name} = {name} * 2 in place of {name} *= 2"
@@ -119,10 +119,21 @@ def called(owner: Any, method: str, **given: Any) -> Any:
     return found
 
 
+def tensors(value: Any) -> list[Tensor]:
+    """Those of a tensor, or a tuple, list or dict of tensors; whatever else x may be is not looked into."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else [value]
+    return [part for part in parts if isinstance(part, Tensor)]
+
+
 def _marks(value: Any) -> list[tuple[Tensor, Any]]:
     """Each tensor with its version, or a copy of it where torch counts none."""
-    parts = [value] if isinstance(value, Tensor) else pytree.tree_leaves(value)
-    return [(p, p.clone() if p.is_inference() else p._version) for p in parts if isinstance(p, Tensor)]
+    counted = [(part, part._version) for part in tensors(value) if not part.is_inference()]
+    others = [part for part in tensors(value) if part.is_inference() and may_synchronise(part)]
+    return [*counted, *((p, p.clone()) for p in others if p.layout == torch.strided and not p.is_nested)]
+
+
+def _same(now: Tensor, before: Tensor) -> bool:
+    return torch.equal(now, before) or bool(((now == before) | (now.isnan() & before.isnan())).all())
 
 
 def log_joint(model: Any, x: Any, kl_weight: float = 1.0) -> Density:

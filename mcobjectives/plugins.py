@@ -61,23 +61,27 @@ def claims(group: str, name: str) -> list[str]:
 
 def load(group: str, name: str) -> Any:
     """The object that a plugin's entry point names; raises `PluginError` with the distribution that is at fault."""
-    points = registered(group).get(name, ()) if isinstance(name, str) else ()
-    kind = _kind(group)
-    if not points:
+    if not isinstance(name, str) or name not in registered(group):
         hint = "parse_objective reads options; " if group == OBJECTIVES and "(" in str(name) else ""
         choice = ", ".join(registered(group)) or "none installed"
-        raise PluginError(f"unknown {kind} {name!r}: {hint}choose from {choice}")
+        raise PluginError(f"unknown {_kind(group)} {name!r}: {hint}choose from {choice}")
+    return _loaded(group, name)
+
+
+@cache
+def _loaded(group: str, name: str) -> Any:
+    kind, point = _kind(group), registered(group)[name][0]
     if group == OBJECTIVES and name != _spelt(name):
         raise PluginError(f"{whose(group, name)} has a name that no spec can spell: register it as {_spelt(name)}")
     if len(claims(group, name)) > 1:
         raise PluginError(f"{kind} {name!r} is claimed by {' and '.join(claims(group, name))}: uninstall one of them")
     try:
-        return points[0].load()
+        return point.load()
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # whatever its import does, a program that starts and leaves included
         raise PluginError(
-            f"{kind} {name!r} of {distribution(points[0])} ({points[0].value}) cannot be loaded: "
+            f"{kind} {name!r} of {distribution(point)} ({point.value}) cannot be loaded: "
             f"{type(error).__name__}: {error}"
         ) from error
 

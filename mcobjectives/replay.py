@@ -61,7 +61,7 @@ def require_no_parameters(value: Tensor) -> None:
 class _Replayed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, share: Share, chunks: int, leaves: list[Tensor], *inputs: Tensor) -> Tensor:
-        ctx.share, ctx.chunks, ctx.leaves = share, chunks, leaves
+        ctx.share, ctx.chunks, ctx.leaves, ctx.inputs = share, chunks, leaves, inputs
         ctx.autocast = autocast_as_now(value.device.type)
         return value.detach().clone()
 
@@ -85,13 +85,13 @@ class _Replayed(torch.autograd.Function):
                 if one is not None:
                     so_far = total[j]
                     total[j] = one.clone() if so_far is None else so_far.add_(one)
-        return None, None, None, None, *map(_first_derivative, total, ctx.leaves)
+        return None, None, None, None, *map(_first_derivative, total, ctx.inputs)
 
 
-def _first_derivative(gradient: Tensor | None, leaf: Tensor) -> Tensor:
+def _first_derivative(gradient: Tensor | None, of: Tensor) -> Tensor:
     if gradient is not None and gradient.is_sparse and not torch.is_grad_enabled():  # for optimisers that want it so
         return gradient
-    zeros = zeros_once(leaf)
+    zeros = zeros_once(of)
     return zeros if gradient is None else zeros.add_(gradient)
 
 

@@ -45,6 +45,12 @@ def moving_support(posterior: Any) -> bool:
     return any(_carries_gradient(bound) for bound in _bounds(_support(posterior)))
 
 
+def has_ends(posterior: Any) -> bool:
+    """Whether the values that h can take have ends, which parameters could move: False is sure."""
+    parts = list(_chain(posterior))
+    return any(isinstance(q, TransformedDistribution) or bool(_bounds(_support(q))) for q in parts)
+
+
 def _moved(posterior: TransformedDistribution) -> bool:
     """Whether an affine transform with parameters moves an end of what it is applied to."""
     support: Any = _support(posterior.base_dist)

@@ -228,6 +228,15 @@ def test_features_of_another_network_have_a_gradient_and_it_is_differentiated_on
     assert calls == [None, None, 4, 4] and found[0]["weights"].abs().min() > 0
 
 
+@pytest.mark.parametrize("power", [1, 2])
+def test_a_second_derivative_through_features_is_refused_too(power):
+    weights = torch.ones(4, 3, dtype=F64, requires_grad=True)
+    loss = IWAE(k=6, chunk_size=4)(LinearGaussian().off_posterior(), weights**power)
+    (gradient,) = torch.autograd.grad(loss, weights, create_graph=True)
+    with pytest.raises(RuntimeError, match="a second derivative of this loss would be incomplete"):
+        torch.autograd.grad(gradient.sum(), weights)
+
+
 def test_parts_of_x_that_come_with_a_graph_have_a_gradient():
     class Pairs(LinearGaussian):
         def posterior(self, x):

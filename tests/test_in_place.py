@@ -7,6 +7,7 @@ from torch.distributions import Independent, Normal
 
 from mcobjectives import IWAE, VAE, ModelError, Split
 from mcobjectives.evaluation import evaluate, layer_activity
+from mcobjectives.model import tensors
 from mcobjectives.testing import ConformanceError, check_model
 
 X = torch.linspace(-1, 1, 12).reshape(4, 3)
@@ -90,6 +91,12 @@ def test_a_change_in_place_is_named(objective, model, changed):
         objective.bound(model, X.clone())
 
 
+@pytest.mark.parametrize("where", ["log_likelihood", "log_prior", "posterior"])
+def test_a_closed_form_kl_hides_no_change(where):
+    with pytest.raises(ModelError, match=f"{where}.* of Model changes . in place"):
+        VAE(k=3, analytic_kl=True)(Model(where), X.clone())
+
+
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("where", ["log_likelihood", "log_prior", "log_prob", "posterior"])
 def test_an_evaluation_is_no_less_careful(where, mode):
@@ -100,6 +107,59 @@ def test_an_evaluation_is_no_less_careful(where, mode):
 def test_the_data_of_active_units_stay_as_they_are():
     with pytest.raises(ModelError, match=r"posterior\(x\) of Model changes x in place"):
         layer_activity(Model("posterior"), X.clone())
+
+
+def test_conditional_means_leave_the_samples_alone():
+    class Layers:
+        def rsample(self, shape):
+            return torch.randn(*shape, 4, 2)
+
+        def log_prob(self, h):
+            return h.sum(-1)
+
+        def layer_means(self, h):
+            return (h.mul_(0),)
+
+    class Layered:
+        def posterior(self, x):
+            return Layers()
+
+    with pytest.raises(ModelError, match=r"layer_means\(h\) of Layers changes h in place"):
+        layer_activity(Layered(), X)
+
+
+class Missing(Model):
+    """NaN stands for what is missing."""
+
+    def posterior(self, x):
+        return super().posterior(x.nan_to_num())
+
+    def log_likelihood(self, x, h):
+        return torch.where(x.isnan(), 0.0, Normal(self.decoder(h), 1.0).log_prob(x.nan_to_num())).sum(-1)
+
+
+class Sparse(Model):
+    def posterior(self, x):
+        return super().posterior(x.to_dense())
+
+    def log_likelihood(self, x, h):
+        return super().log_likelihood(x.to_dense(), h)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize(
+    ("model", "x"), [(Missing(), torch.where(X > 0.5, torch.nan, X)), (Sparse(), X.to_sparse())], ids=["nan", "sparse"]
+)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_data_that_cannot_be_compared_are_no_fault(objective, model, x, mode):
+    with mode():
+        assert objective.bound(model, x.clone()).isfinite().all()
+
+
+def test_what_is_no_tensor_is_not_walked_through():
+    """Lists of sentences, say: it would cost more than the step."""
+    assert tensors([[X], [X]]) == [] and tensors("text") == []
+    assert tensors((X, 3)) == tensors({"x": X, "words": [X]}) == tensors(X) == [X]
 
 
 def test_parts_of_h_and_of_x_are_looked_at_too():

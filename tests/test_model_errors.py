@@ -287,6 +287,18 @@ def test_an_empty_batch_of_several_parts_is_refused_with_their_shapes():
         IWAE(k=2)(LinearGaussian(), parts)
 
 
+def test_an_empty_tensor_beside_data_of_another_kind_is_no_empty_batch():
+    class Lists(LinearGaussian):
+        def posterior(self, x):
+            return super().posterior(torch.tensor(x["x"], dtype=F64))
+
+        def log_likelihood(self, x, h):
+            return super().log_likelihood(torch.tensor(x["x"], dtype=F64), h)
+
+    parts = {"x": LinearGaussian().data().tolist(), "missing": torch.zeros(0, 2)}
+    assert IWAE(k=2)(Lists(), parts).isfinite()
+
+
 @dataclass
 class Opaque:
     h: torch.Tensor

@@ -31,6 +31,7 @@ from mcobjectives_examples.config import capped
 
 def forget():
     plugins.registered.cache_clear()
+    plugins._loaded.cache_clear()
 
 
 @pytest.fixture

@@ -476,3 +476,25 @@ def test_local_latents_after_a_look_at_a_global_one_alone_are_not_joined():
     for elbo in (joint, vae):
         for local in (False, True):
             close(elbo.loss(model, guide, x, local), expected[local])
+
+
+def test_a_look_at_supports_without_ends_runs_no_guide():
+    runs = []
+
+    def guide(x):
+        runs.append(1)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+            pyro.sample("w", dist.Normal(z, 1.0))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            w = pyro.sample("w", dist.Normal(z, 1.0))
+            pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+
+    pair = PyroModel(model, guide)
+    pair.posterior(DATA)
+    posterior = pair.posterior(DATA)
+    runs.clear()
+    assert not posterior.moving_support and not runs

@@ -1,5 +1,6 @@
 """Plates, subsamples, scales, masks and factors of Pyro programs: each against a closed form or `Trace_ELBO`."""
 
+import copy
 import math
 
 import pytest
@@ -542,6 +543,31 @@ def test_a_scale_has_its_gradient(objective, shape):
     close(pyro.param("root").grad, -1.4 * (plain if shape else plain.sum()))
 
 
+def test_a_scale_keeps_its_gradient_where_a_loss_looks_again_without_a_graph():
+    """As `backward_samples` does where a program has moved the generator."""
+
+    def noisy(x):
+        torch.rand(())
+        conjugate(x, spread=1.0)
+
+    def scaled(program):
+        def run(x):
+            with poutine.scale(scale=pyro.param("root", torch.tensor(0.7)) ** 2):
+                program(x)
+
+        return run
+
+    elbo = ObjectiveELBO(IWAE(k=5, backward_samples=2))
+    programs = scaled(noisy), scaled(lambda x: exact_guide(x, spread=1.0))
+    torch.manual_seed(1)
+    loss = elbo.loss_and_grads(*programs, DATA[:3])
+    close(pyro.param("root").grad, torch.tensor(2 * loss / 0.7))
+    pyro.get_param_store().replace_param("root", torch.tensor(1.0, requires_grad=True), pyro.param("root"))
+    torch.manual_seed(1)
+    close(elbo.loss(*programs, DATA[:3]), loss / 0.49)  # by the scale that it has now
+    assert copy.deepcopy(elbo)._pair.scale == 1.0  # the graph of a scale cannot be copied
+
+
 def test_the_gradient_of_a_scale_of_each_program_is_that_of_trace_elbo():
     def scaled(program):
         def run(x):
@@ -590,6 +616,21 @@ def sized(size, shape, latent):
                 pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
 
     return model, guide
+
+
+def test_a_plate_that_was_given_no_size_has_any():
+    def program(guide):
+        def run(x):
+            with pyro.plate("data", dim=-1):
+                z = pyro.sample("z", dist.Normal(x / 2, 0.5**0.5) if guide else dist.Normal(torch.zeros(len(x)), 1.0))
+                if not guide:
+                    pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        return run
+
+    close(
+        ObjectiveELBO(IWAE(k=5)).loss(program(False), program(True), DATA), -dist.Normal(0, 2**0.5).log_prob(DATA).sum()
+    )
 
 
 @pytest.mark.parametrize("latent", [False, True])

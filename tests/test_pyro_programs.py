@@ -546,6 +546,55 @@ def test_what_a_guide_leaves_for_the_model_is_of_the_same_samples(objective):
         close(pyro.param("loc").grad, torch.zeros(len(X)))
 
 
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 2}, {"gradient": "rws"}], ids=str)
+def test_what_a_discrete_guide_leaves_is_of_the_same_samples_too(options):
+    """Its second samples are often its first again."""
+
+    class Guide:
+        def __call__(self, x):
+            with pyro.plate("data", len(x)):
+                self.on = pyro.sample("z", dist.Bernoulli(torch.full((len(x),), 0.9)))
+
+    guide = Guide()
+
+    def model(x, on=None):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)))
+            pyro.sample("x", dist.Normal(2 * (z if on else guide.on), 1.0), obs=x)
+
+    objective = IWAE(k=8, **{"gradient": "vimco", **options})
+    for seed in range(5):
+        torch.manual_seed(seed)
+        found = objective.bound(PyroModel(model, guide), X)
+        torch.manual_seed(seed)
+        close(found, objective.bound(PyroModel(lambda x: model(x, on=True), guide), X))
+
+
+@pytest.mark.parametrize("objective", [IWAE(k=5, gradient="dreg"), IWAE(k=60)], ids=repr)
+def test_a_model_that_changes_with_every_run_says_nothing_of_its_guide(objective):
+    """An annealing counter, or spectral norm, beside a guide whose network has dropout."""
+    network = torch.nn.Sequential(torch.nn.Dropout(0.3), torch.nn.Linear(1, 2)).double()
+    runs = []
+
+    def guide(x):
+        runs.append("guide")
+        loc, scale = network(x[:, None]).unbind(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, scale.exp()))
+
+    def model(x):
+        runs.append("model")
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 2 - min(1, len(runs) / 1000)), obs=x)
+
+    pair = PyroModel(model, guide)
+    assert objective(pair, X).isfinite()
+    runs.clear()
+    objective(pair, X)
+    assert runs.count("guide") == 1
+
+
 # Where Pyro's own losses go wrong.
 
 

@@ -128,11 +128,15 @@ class PyroModel(torch.nn.Module):
         self._structure: Structure | None = None
         self._independent = True  # until a run of the programs shows otherwise
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"scale": 1.0}  # a copy has had no evaluation, whose graph could not be copied
+
     def posterior(self, x: Any) -> GuidePosterior:
         """The guide at x, its sites on `(k, batch)`."""
         if torch._C._get_tracing_state() is not None:
             raise NotImplementedError("torch.jit.trace would freeze the weights of an objective: call it eagerly")
         args, kwargs = _as_arguments(x)
+        self.scale = 1.0  # until densities are asked for
         return GuidePosterior(self, args, kwargs, self._layout(args, kwargs))
 
     def log_joint(self, x: Any, h: Any) -> Tensor:
@@ -187,7 +191,9 @@ class PyroModel(torch.nn.Module):
         q = h.posterior.evaluate(h)
         p = self._run(h, q, (torch.is_grad_enabled(), likelihood)) if likelihood != prior else self._execute(h, q)
         if not self.scaled:
-            self.scale = layout.scale([*q.values(), *p.values()])
+            scale = layout.scale([*q.values(), *p.values()])
+            if torch.is_grad_enabled() or not getattr(self.scale, "requires_grad", False):
+                self.scale = scale  # else it is the same with a graph: a loss has passes without one too
         total = layout.sum((site for site in p.values() if (likelihood if site.observed else prior)), k, self.scaled)
         change = layout.sum((site for site in q.values() if not site.free), k, self.scaled) if prior else None
         if total is None:  # no observed site, or no latent one
@@ -231,6 +237,7 @@ class GuidePosterior:
         self.subsamples: dict[str, Any] = dict(subsamples or {})
         self._drawn = set(self.subsamples)
         structure = owner.structure(Arguments(*args, **kwargs))
+        self._has_ends = structure.has_ends
         # Distributions that do not depend on other sites' samples are kept: no further execution is needed.
         self._kept: Trace | None = None
         if owner._independent:
@@ -250,7 +257,11 @@ class GuidePosterior:
 
     @cached_property
     def _moving(self) -> tuple[str, ...]:
-        return moving(self._record(1, preview=True, detach=True) if self._kept is None else self._kept)
+        if self._kept is not None:
+            return moving(self._kept)
+        if not self._has_ends:
+            return ()
+        return moving(self._record(1, preview=True, detach=True))
 
     def rsample(self, sample_shape: torch.Size) -> Sites:
         """k samples, differentiable where the sites' distributions are: dict of `(k, batch, ...)`."""

@@ -295,7 +295,7 @@ def check_declared(site: Site, shape: torch.Size) -> None:
                 "enclose it in pyro.plate, or use .to_event on the distribution"
             )
         plate, expected = declared[-i]
-        if size != expected:
+        if expected not in (-1, size):  # -1 is a plate's that was given none
             raise ModelError(
                 f"dimension {-i} at site {site.name!r} has size {size}, and its plate {plate!r} has {expected}: "
                 "give the site the plate's part of the data, x[i] in `with plate as i`"

@@ -12,7 +12,9 @@ from pyro.poutine.messenger import Messenger
 from mcobjectives.context import generators_at, rng_state
 from mcobjectives.model import ModelError
 from mcobjectives.pyro.programs import Program, Recorder, Site, check_declared, common_plates, is_factor
-from mcobjectives.sampling import caches, is_discrete, moving_support
+from mcobjectives.sampling import caches, has_ends, is_discrete, moving_support
+
+_TRIES = 20
 
 
 class Kinds(NamedTuple):
@@ -32,6 +34,7 @@ class Structure:
     refusal: str | None
     kinds: Kinds
     subsampled: bool
+    has_ends: bool  # whether a random site of the guide has a support that could move
     beside: bool  # whether the model reads what the guide has left beside its sites, in an attribute say
 
 
@@ -49,14 +52,14 @@ def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[
             with generators_at(state):
                 return Recorder(None, 0, guide_run.subsamples, given=given, draw=False).run(model, args, kwargs)
 
-        p = at_given()
+        p, again = at_given(), at_given()
         check_matched(q, p)
         check_random(q)
         sites = [*q.values(), *p.values()]
         for site in sites:
             check_declared(site, site.log_prob().shape)
-        Recorder(None, 0, guide_run.subsamples).run(guide, args, kwargs)  # draws other samples
-        beside = _differ(p, at_given())
+        # A model with a counter, or with spectral norm, is another at each run, whatever the guide has left.
+        beside = not _differ(p, again) and _others_drawn(guide, args, kwargs, guide_run) and _differ(again, at_given())
     plates = common_plates(sites)
     local = any(site.plates for site in sites if not site.observed)
     return Structure(
@@ -65,8 +68,19 @@ def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[
         refusal=None if plates or not local else _refusal(q, p),
         kinds=kinds(q),
         subsampled=bool(guide_run.subsampled),
+        has_ends=any(has_ends(site.fn) for site in q.values() if site.free),
         beside=beside,
     )
+
+
+def _others_drawn(guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], first: Recorder) -> bool:
+    """Run the guide until each of its random sites has other samples than at first; False if that never is."""
+
+    def differ(site: Site) -> bool:
+        return site.name not in first.sites or not torch.equal(site.value, first.sites[site.name].value)
+
+    runs = (Recorder(None, 0, first.subsamples).run(guide, args, kwargs) for _ in range(_TRIES))
+    return any(all(differ(site) for site in sites.values() if site.free) for sites in runs)
 
 
 def _differ(p: dict[str, Site], again: dict[str, Site]) -> bool:
