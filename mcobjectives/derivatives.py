@@ -93,7 +93,7 @@ def slopes_jump(slopes: Reduction, k: int) -> bool:
 
 def _steps(k: int) -> int:
     """Into how many steps walks are cut: fewer of many samples, each of which costs as much and moves on its own."""
-    return max(1, min(16, 64_000 // k))
+    return max(1, min(16, 160_000 // k))
 
 
 def largest_jump(function: Reduction, k: int, steps: int = 16) -> float:

@@ -171,7 +171,7 @@ def test_of_many_samples_jumps_are_found_in_few_walks(k):
         return IWAE(k=k).slopes(log_w)
 
     assert not derivatives.slopes_jump(seen, k)
-    assert len(largest) < 50 and max(largest) <= max(6 * k, 96 * 4000)
+    assert len(largest) < 50 and max(largest) <= max(6 * k, 960_000)
     assert IWAE(k=k, gradient="dreg").slopes_vary
     with pytest.raises(ValueError, match="jump"):
         Median(k=k, gradient="dreg")
