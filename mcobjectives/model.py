@@ -108,10 +108,10 @@ def called(owner: Any, method: str, **given: Any) -> Any:
     """owner.method(*given); raises where it changes one of these in place, which all that comes after would see."""
     if torch.compiler.is_compiling():
         return getattr(owner, method)(*given.values())
-    before = {name: _marks(value) for name, value in given.items()}
+    marks = [(name, *mark) for name, value in given.items() for mark in _marks(value)]
     found = getattr(owner, method)(*given.values())
-    for name, marks in before.items():
-        if any(not _same(part, m) if isinstance(m, Tensor) else part._version != m for part, m in marks):
+    for name, part, mark in marks:
+        if not _same(part, mark) if isinstance(mark, Tensor) else part._version != mark:
             raise ModelError(
                 f"{method}({', '.join(given)}) of {type(owner).__name__} changes {name} in place, which is used again "
                 f"after it: use no inplace=True in the first layer, and {name} = {name} * 2 in place of {name} *= 2"
@@ -121,15 +121,21 @@ def called(owner: Any, method: str, **given: Any) -> Any:
 
 def tensors(value: Any) -> list[Tensor]:
     """Those of a tensor, or a tuple, list or dict of tensors; whatever else x may be is not looked into."""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else [value]
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
     return [part for part in parts if isinstance(part, Tensor)]
 
 
 def _marks(value: Any) -> list[tuple[Tensor, Any]]:
     """Each tensor with its version, or a copy of it where torch counts none."""
-    counted = [(part, part._version) for part in tensors(value) if not part.is_inference()]
-    others = [part for part in tensors(value) if part.is_inference() and may_synchronise(part)]
-    return [*counted, *((p, p.clone()) for p in others if p.layout == torch.strided and not p.is_nested)]
+    marks: list[tuple[Tensor, Any]] = []
+    for part in tensors(value):
+        if not part.is_inference():
+            marks.append((part, part._version))
+        elif may_synchronise(part) and part.layout == torch.strided and not part.is_nested:
+            marks.append((part, part.clone()))
+    return marks
 
 
 def _same(now: Tensor, before: Tensor) -> bool:
