@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, replace
 from typing import Any
 
 from mcobjectives import plugins
 from mcobjectives.messages import one_line
-from mcobjectives.objective import Objective
+from mcobjectives.objective import own_fields
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,9 @@ def _problem(estimator: str, objectives: list[Any]) -> str:
 
 def _entry(name: str) -> Entry:
     package = " and ".join(plugins.claims(plugins.OBJECTIVES, name))
-    base = {f.name for f in fields(Objective)}
     try:
         cls: Any = plugins.get_objective(name)
-        own = [f for f in fields(cls) if f.name not in base]
+        own, _ = own_fields(cls)
         if any(f.init and f.default is f.default_factory is MISSING for f in own):
             return Entry(name, package, ", ".join(f.name for f in own))  # what it allows depends on what is given
         objective = cls()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, fields, replace
+from dataclasses import KW_ONLY, Field, dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -226,10 +226,9 @@ class Objective(ABC):
         return {name: value for name, value in vars(self).items() if not cached(name)}
 
     def __repr__(self) -> str:
-        base = {f.name for f in fields(Objective)}
-        own = [f for f in fields(self) if f.name not in base]
+        own, of_all = own_fields(self)
         shown = [f for f in own if f.default is not False or getattr(self, f.name) is not False]
-        shown += [f for f in fields(self) if f.name in base and getattr(self, f.name) != f.default]
+        shown += [f for f in of_all if getattr(self, f.name) != f.default]
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
 
@@ -265,6 +264,13 @@ class BoundObjective(torch.nn.Module):
     if TYPE_CHECKING:
 
         def __call__(self, x: Any) -> Tensor: ...
+
+
+def own_fields(objective: Any) -> tuple[list[Field[Any]], list[Field[Any]]]:
+    """The fields of an objective or its class: its own, and those that every objective has."""
+    base = {f.name for f in fields(Objective)}
+    found = fields(objective)
+    return [f for f in found if f.name not in base], [f for f in found if f.name in base]
 
 
 def _place(cls: type, name: str) -> int:

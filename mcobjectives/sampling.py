@@ -47,8 +47,7 @@ def moving_support(posterior: Any) -> bool:
 
 def has_ends(posterior: Any) -> bool:
     """Whether the values that h can take have ends, which parameters could move: False is sure."""
-    parts = list(_chain(posterior))
-    return any(isinstance(q, TransformedDistribution) or bool(_bounds(_support(q))) for q in parts)
+    return any(isinstance(q, TransformedDistribution) or _bounds(_support(q)) for q in _chain(posterior))
 
 
 def _moved(posterior: TransformedDistribution) -> bool:

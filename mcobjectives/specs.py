@@ -10,12 +10,12 @@ import math
 import re
 import warnings
 from contextlib import suppress
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, is_dataclass
 from numbers import Integral, Real
 from typing import Any
 
 from mcobjectives.messages import one_line
-from mcobjectives.objective import Objective
+from mcobjectives.objective import Objective, own_fields
 from mcobjectives.objectives import Split
 from mcobjectives.plugins import OBJECTIVES, PluginError, get_objective, objective_names, whose
 
@@ -84,9 +84,8 @@ def format_objective(objective: Objective) -> str:
     """
     if not is_dataclass(objective):
         raise ValueError(f"{objective!r} is not a dataclass: its options cannot be written as a spec")
-    base = {f.name for f in fields(Objective)}
-    own_first = sorted(fields(objective), key=lambda f: f.name in base)
-    changed = [f for f in own_first if f.init and not _is_default(f, getattr(objective, f.name))]
+    own, of_all = own_fields(objective)
+    changed = [f for f in (*own, *of_all) if f.init and not _is_default(f, getattr(objective, f.name))]
     options = ", ".join(f"{f.name}={_format_value(f.name, getattr(objective, f.name))}" for f in changed)
     name = _name_of(type(objective))
     return f"{name}({options})" if options else name

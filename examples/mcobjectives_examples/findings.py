@@ -218,23 +218,22 @@ def _pruning(table_rows: Sequence[Row]) -> Iterator[Finding]:
     claim = f"removing inactive units costs more than the {PRUNING_OF_BGS16} nat of BGS16 (the paper: about 1)"
     figures, verdicts = [], []
     for row in rows:
-        recorded = [result["metrics"] for result in row.results if result is not None]
-        found = [m for m in recorded if "nll_pruned" in m and "nll_unpruned_same_images" in m]
+        costs = [cost for cost in row.pruning_costs if cost is not None]
         label = _label(row)
-        if not found or any(None in (m["nll_pruned"], m["nll_unpruned_same_images"]) for m in found):
-            verdicts.append("not finite" if found else "not run")
+        if not costs or None in row.pruning_costs:
+            verdicts.append("not finite" if row.pruning_costs else "not run")
             figures.append(f"{label} {verdicts[-1]}")
             continue
-        costs = [m["nll_pruned"] - m["nll_unpruned_same_images"] for m in found]
-        if not any(costs) and not any(m["nll_pruned_stderr"] for m in found):  # the very same model
+        errors = row.values("nll_pruned_stderr")
+        if not any(costs) and not any(errors):  # the very same model
             figures.append(f"{label} has no inactive unit")
             continue
-        cost, stderr = statistics.fmean(costs), statistics.fmean(m["nll_pruned_stderr"] or 0.0 for m in found)
-        few, width = len(found) < LEAST_SEEDS, 2 * stderr
+        cost, stderr = statistics.fmean(costs), statistics.fmean(errors) if errors else 0.0
+        few, width = len(costs) < LEAST_SEEDS, 2 * stderr
         if not few:
             stderr = max(stderr, statistics.stdev(costs) / math.sqrt(len(costs)))
             width = max(width, half_interval(costs))
-        figures.append(f"{label} {cost:+.2f} ± {stderr:.2f}{of_seeds(len(found), len(row.results))}")
+        figures.append(f"{label} {cost:+.2f} ± {stderr:.2f}{of_seeds(len(costs), len(row.results))}")
         over = cost - PRUNING_OF_BGS16
         holds = over > (max(NOISE, width) if few else width)
         verdicts.append("holds" if holds else "does not hold" if over < -width else "within noise")
