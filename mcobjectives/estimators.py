@@ -56,7 +56,7 @@ def reparam(objective: Objective, log_w: Tensor) -> Weights:
 
 def stl(objective: Objective, log_w: Tensor) -> Weights:
     """Sticking the landing (Roeder et al. 2017): reparam without the score of q; biased where F is not linear."""
-    require_smooth(objective, "stl")
+    require_smooth(objective, "stl", twice=False)
     if objective.slopes_vary:
         warn_once(
             f"gradient='stl' is biased for {type(objective).__name__} with more than one sample: "
@@ -107,16 +107,19 @@ def rws(objective: Objective, log_w: Tensor) -> Weights:
     return Weights(objective.slopes(log_w), None, -log_w.softmax(0))
 
 
-def require_smooth(objective: Objective, estimator: str) -> None:
-    """Raise `ValueError` where the slopes jump (median, max), so that g - H_ii loses a term, or have no derivative."""
+def require_smooth(objective: Objective, estimator: str, *, twice: bool = True) -> None:
+    """Raise `ValueError` where the slopes jump (median, max), so that g - H_ii would lose a term.
+
+    So it is where they vary but have no derivative, unless `twice` is False, for an estimator that takes no H_ii.
+    """
     if not objective.smooth or objective.slopes_jump:
         raise ValueError(
             f"gradient={estimator!r} is wrong for {type(objective).__name__}: its slopes dF/dlog w jump, "
             "and the term at the jump would be lost; use gradient='reparam' or 'score'"
         )
-    if estimator == "dreg" and not objective.slopes_differentiable:
+    if twice and not objective.slopes_differentiable:
         raise ValueError(
-            f"gradient='dreg' needs second derivatives of {type(objective).__name__}, whose slopes vary but cannot be "
+            f"gradient={estimator!r} needs second derivatives of {type(objective).__name__}, whose slopes vary but cannot be "
             "differentiated again: write the backward of its autograd.Function in differentiable operations, override "
             "`curvatures`, or use gradient='reparam'"
         )

@@ -42,6 +42,7 @@ from mcobjectives import (
     objective_names,
     parameterless,
 )
+from mcobjectives.estimators import require_smooth
 from mcobjectives.evaluation import evaluate, layer_activity
 from mcobjectives.sampling import moving_support
 
@@ -459,6 +460,15 @@ def test_slopes_that_cannot_be_differentiated_again_are_refused():
     assert Kernel(k=3).gradient == "reparam"
     with pytest.raises(ValueError, match="vary but cannot be differentiated again"):
         Kernel(k=3, gradient="dreg")
+
+    def own(objective, log_w):
+        require_smooth(objective, "own")
+        g = objective.slopes(log_w)
+        return g, g - objective.curvatures(log_w), None
+
+    with pytest.raises(ValueError, match="gradient='own' needs second derivatives of Kernel"):
+        Kernel(k=3, gradient=own)
+    assert Kernel(k=3, gradient="stl").gradient == "stl"
 
 
 @pytest.mark.parametrize("make", [lambda m, s: Uniform(m, m + s), lambda m, s: Pareto(s, m.abs() + 3)])
