@@ -21,6 +21,7 @@ from mcobjectives.resampling import select
 from mcobjectives.sampling import (
     Samples,
     check_differentiable,
+    detached,
     has_rsample,
     is_discrete,
     moving_support,
@@ -31,6 +32,8 @@ from mcobjectives.surrogate import PLAIN, Plan, Ratio, Terms, terms, with_value
 
 if TYPE_CHECKING:
     from mcobjectives.objective import Objective
+
+LOG_WEIGHTS = "log p(x, h) - log q(h | x)"
 
 
 @dataclass(eq=False)
@@ -67,7 +70,7 @@ class BatchBound:
         """In two passes: the log-weights without a graph, then S chunk by chunk when the gradient is asked for."""
         if self.plan.path:  # before anything is computed at all samples
             first, q = self._draw(*self._chunks()[0])
-            check_differentiable(first, self.log_q(pytree.tree_map(torch.Tensor.detach, first)) if q is None else q)
+            check_differentiable(first, self.log_q(detached(first)) if q is None else q)
         states: list[Any] = []
         log_w = self._log_weights(states)
         weights = self._weights(log_w)
@@ -75,11 +78,9 @@ class BatchBound:
         def share(chunk: int) -> Tensor:
             start, stop = self._chunks()[chunk]
             own = weights.map(lambda w: w[start:stop])
-            ratio = Ratio()
-            ratio.of(own)
             with generators_at(states[chunk]):  # a dropout in the model repeats itself
-                found = self._terms(self.plan, *self._draw(start, stop), stop - start, ratio)
-            require_unchanged(found.log_w, log_w[start:stop], "log p(x, h) - log q(h | x)")
+                found = self._terms(self.plan, *self._draw(start, stop), stop - start, Ratio(own))
+            require_unchanged(found.log_w, log_w[start:stop], LOG_WEIGHTS)
             return found.weighted_sum(own)
 
         return replayed(self._reduce(log_w), share, len(states), self.upstream)
@@ -93,7 +94,7 @@ class BatchBound:
             h, log_w = None, self._log_weights()
         else:
             h, q = self._draw(graph=False)
-            log_w = self._numbers(h, q, self.objective.k)
+            log_w = self._numbers(detached(h), q, self.objective.k)
             _require_rows(h, log_w.shape[1])
         bound = self._reduce(log_w)
         with torch.no_grad():
@@ -104,20 +105,17 @@ class BatchBound:
             index, multiplier = select(importance, m, offset)
             multiplier = multiplier.to(log_w.dtype)
             weights = arrays.map(lambda w: multiplier * w.gather(0, index))
-        ratio = Ratio()
-        ratio.of(weights)
         chosen = self._redraw(index) if in_chunks else pytree.tree_map(lambda part: _pick(part, index), h)
         if samples.attach is not None:
             chosen = samples.attach(chosen)
         before = rng_state() if may_synchronise(log_w) else None
-        kept = self._terms(self.plan, chosen, None, m, ratio)
-        what = "log p(x, h) - log q(h | x)"
+        kept = self._terms(self.plan, chosen, None, m, Ratio(weights))
         if before is not None and not same_state(before, rng_state()):
             # A dropout, perhaps, whose change passes for rounding beside log p(x, h); or a thread that loads data.
-            again = self._numbers(chosen, None, m)
-            require_unchanged(again, kept.log_w, what, tolerance=1e-6 if again.dtype == torch.float32 else 1e-10)
+            again = self._numbers(detached(chosen), None, m)
+            require_unchanged(again, kept.log_w, LOG_WEIGHTS, tolerance=1e-6 if again.dtype == torch.float32 else 1e-10)
         # Loosely: in half precision m rows are not multiplied as k rows are, to the last of their few bits.
-        require_unchanged(kept.log_w, log_w.gather(0, index), what, tolerance=1e-2)
+        require_unchanged(kept.log_w, log_w.gather(0, index), LOG_WEIGHTS, tolerance=1e-2)
         return with_value(kept.weighted_sum(weights), bound)
 
     def _weights(self, log_w: Tensor) -> Weights:
@@ -153,18 +151,18 @@ class BatchBound:
     def _log_weights(self, states: list[Any] | None = None) -> Tensor:
         """All log-weights, `(k, batch)`, without a graph; `states` takes the generators' before each chunk."""
         parts = []
-        with torch.no_grad():
-            for start, stop in self._chunks():
-                if states is not None:
-                    states.append(rng_state())
-                parts.append(self._terms(PLAIN, *self._draw(start, stop), stop - start, Ratio()).log_w)
-        cast_anew()
+        for start, stop in self._chunks():
+            if states is not None:
+                states.append(rng_state())
+            with torch.no_grad():
+                h, q = self._draw(start, stop)
+            parts.append(self._numbers(h, q, stop - start))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _numbers(self, h: Latent, q: Tensor | None, k: int) -> Tensor:
         """The log-weights of given samples, at which log q is known or None, `(k, batch)`, without a graph."""
         with torch.no_grad():
-            log_w = self._terms(PLAIN, pytree.tree_map(torch.Tensor.detach, h), q, k, Ratio()).log_w
+            log_w = self._terms(PLAIN, h, q, k, Ratio()).log_w
         cast_anew()
         return log_w
 

@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from mcobjectives.arguments import require_count
 from mcobjectives.context import generators_at
 from mcobjectives.model import ModelError
 from mcobjectives.objective import Objective
-from mcobjectives.sampling import caches, check_differentiable, has_rsample, is_discrete
+from mcobjectives.sampling import caches, check_differentiable, detached, has_rsample, is_discrete
 
 Loss = Callable[[Any, Any], Tensor]
 """An objective, or any function (model, x) -> scalar loss."""
@@ -256,7 +255,7 @@ def _is_pathwise(model: Any, x: Any) -> bool:
     with generators_at():
         h = posterior.rsample(torch.Size((1,)))
     try:
-        check_differentiable(h, posterior.log_prob(h if caches(posterior) else pytree.tree_map(Tensor.detach, h)))
+        check_differentiable(h, posterior.log_prob(h if caches(posterior) else detached(h)))
     except ModelError:
         return False
     return True

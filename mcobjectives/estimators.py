@@ -119,9 +119,9 @@ def require_smooth(objective: Objective, estimator: str, *, twice: bool = True) 
         )
     if twice and not objective.slopes_differentiable:
         raise ValueError(
-            f"gradient={estimator!r} needs second derivatives of {type(objective).__name__}, whose slopes vary but cannot be "
-            "differentiated again: write the backward of its autograd.Function in differentiable operations, override "
-            "`curvatures`, or use gradient='reparam'"
+            f"gradient={estimator!r} needs second derivatives of {type(objective).__name__}, whose slopes vary but "
+            "cannot be differentiated again: write the backward of its autograd.Function in differentiable operations, "
+            "override `curvatures`, or use gradient='reparam'"
         )
 
 

@@ -121,8 +121,8 @@ class Objective(ABC):
 
     def _seen(self, what: str, look: Callable[[], bool]) -> bool:
         """Look once for all objectives that differ in how they are estimated alone."""
-        base = {f.name for f in fields(Objective)}
-        own = {name: value for name, value in self.__getstate__().items() if name not in base}
+        of_all = {f.name for f in own_fields(self)[1]}
+        own = {name: value for name, value in self.__getstate__().items() if name not in of_all}
         if not all(value is None or isinstance(value, (bool, int, float, str)) for value in own.values()):
             return look()  # what a plugin's option holds may change
         key = type(self), what, *sorted(own.items())
@@ -251,10 +251,10 @@ class BoundObjective(torch.nn.Module):
     def __init__(self, objective: Objective, model: Any) -> None:
         super().__init__()
         self.objective, self.model = objective, model
-        own = {f.name: getattr(objective, f.name) for f in fields(objective)}
-        self._own = [name for name, value in own.items() if isinstance(value, torch.nn.Parameter)]
-        for name in self._own:  # to be trained with the model's
-            self.register_parameter(name, own[name])
+        own = own_parameters(objective)
+        self._own = list(own)
+        for name, parameter in own.items():  # to be trained with the model's
+            self.register_parameter(name, parameter)
 
     def forward(self, x: Any) -> Tensor:
         if not self._own:
@@ -271,6 +271,12 @@ def own_fields(objective: Any) -> tuple[list[Field[Any]], list[Field[Any]]]:
     base = {f.name for f in fields(Objective)}
     found = fields(objective)
     return [f for f in found if f.name not in base], [f for f in found if f.name in base]
+
+
+def own_parameters(objective: Objective) -> dict[str, torch.nn.Parameter]:
+    """The options of an objective that are parameters, to be trained with the model's."""
+    own = {f.name: getattr(objective, f.name) for f in fields(objective)}
+    return {name: value for name, value in own.items() if isinstance(value, torch.nn.Parameter)}
 
 
 def _place(cls: type, name: str) -> int:

@@ -11,7 +11,7 @@ from torch.distributions import AffineTransform, Independent, Transform, Transfo
 from torch.utils import _pytree as pytree
 
 from mcobjectives.context import cast_anew, generators_at, may_synchronise, rng_state
-from mcobjectives.model import Density, Latent, ModelError, has_methods, require
+from mcobjectives.model import Density, Latent, ModelError, has_methods
 
 _INVERSES = ("inv", "_inv_call", "_inverse")  # a transform with an inverse has one of these of its own
 
@@ -136,6 +136,11 @@ def draw(posterior: Any, k: int) -> Latent:
         return (posterior.rsample if has_rsample(posterior) else posterior.sample)(torch.Size((k,)))
 
 
+def detached(h: Latent) -> Latent:
+    """The samples without their graph, as other tensors: a flow does not know them for those that it has just made."""
+    return pytree.tree_map(Tensor.detach, h)
+
+
 class Samples:
     """The k samples of a posterior as a stream that can be drawn again, slice by slice, with the same numbers.
 
@@ -154,7 +159,8 @@ class Samples:
             )
         if not (has_rsample(posterior) or has_methods(posterior, "sample")):
             raise ModelError(f"the posterior {type(posterior).__name__} has neither sample nor rsample")
-        require(posterior, "an objective", "log_prob")
+        if not has_methods(posterior, "log_prob"):
+            raise ModelError(f"the posterior {type(posterior).__name__} has no log_prob(h), for log q(h | x)")
         self.posterior, self.k, self.pathwise = posterior, k, pathwise
         self.caches = caches(posterior)
         transform = without_inverse(posterior)

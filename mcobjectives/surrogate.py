@@ -19,7 +19,7 @@ from mcobjectives.context import refuse_transforms
 from mcobjectives.estimators import Weights
 from mcobjectives.model import Density, Latent, log_weights
 from mcobjectives.replay import autocast_as_now, require_no_parameters, require_unchanged, zeros_once
-from mcobjectives.sampling import check_differentiable
+from mcobjectives.sampling import check_differentiable, detached
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,13 @@ PLAIN = Plan(plain=True, path=True)
 
 
 class Ratio:
-    """A cell for c / a, `(k, batch)`: filled after the forward pass, read in the backward pass."""
+    """A cell for c / a, `(k, batch)`: read in the backward pass, filled before it, at once if its weights are known."""
 
     value: Tensor | None = None
+
+    def __init__(self, weights: Weights | None = None) -> None:
+        if weights is not None:
+            self.of(weights)
 
     def of(self, weights: Weights) -> None:
         """Fill the cell; where a is zero so is c, wherever the ratio is used."""
@@ -90,7 +94,7 @@ def terms(
     def tempered(q: Tensor) -> Tensor:
         return q if tempering == 1.0 else tempering * q
 
-    fixed = pytree.tree_map(torch.Tensor.detach, h)
+    fixed = detached(h)
     if q is None:
         q = log_q(h if plan.plain else fixed)
     if plan.path:

@@ -128,7 +128,7 @@ def test_a_posterior_that_cannot_be_sampled_or_evaluated_is_named():
 
     with pytest.raises(ModelError, match="Mute has neither sample nor rsample"):
         IWAE(k=2, gradient="score")(Toy(posterior=lambda x: Mute(), log_joint=never), X)
-    with pytest.raises(ModelError, match=r"Blind to have the method\(s\) log_prob"):
+    with pytest.raises(ModelError, match=r"the posterior Blind has no log_prob\(h\)"):
         IWAE(k=2)(Toy(posterior=lambda x: Blind(), log_joint=never), X)
 
 

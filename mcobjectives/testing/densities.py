@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from mcobjectives.model import Latent
 from mcobjectives.reductions import effective_sample_size
-from mcobjectives.sampling import draw, has_rsample
+from mcobjectives.sampling import detached, draw, has_rsample
 from mcobjectives.testing.report import Broken, Unchecked
 
 LARGEST_Z = 6.0
@@ -49,7 +49,7 @@ def score_identity(model: Any, x: Any, seed: int) -> None:
 
     def mean_log_q() -> Tensor:
         posterior = model.posterior(x)
-        h = pytree.tree_map(Tensor.detach, draw(posterior, _SAMPLES))  # copies: a flow may know what it has just made
+        h = detached(draw(posterior, _SAMPLES))  # copies: a flow may know what it has just made
         return posterior.log_prob(h).mean()
 
     _vanishes(model, seed, mean_log_q, "the mean of grad log q(h | x) over samples is not 0 but")
@@ -76,7 +76,7 @@ def pathwise_identity(model: Any, x: Any, seed: int) -> None:
         h = posterior.rsample(torch.Size((_SAMPLES,)))
         if not any(part.requires_grad for part in pytree.tree_leaves(h)):
             raise Unchecked("the samples carry no gradient")
-        fixed = pytree.tree_map(Tensor.detach, h)
+        fixed = detached(h)
         value = f(fixed)
         baseline = (value.sum(0) - value) / (_SAMPLES - 1)  # of the other samples
         return (f(h) - (value - baseline) * posterior.log_prob(fixed)).mean()

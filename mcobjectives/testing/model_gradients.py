@@ -14,7 +14,7 @@ from mcobjectives.messages import one_line
 from mcobjectives.model import has_methods
 from mcobjectives.model import log_joint as density_of
 from mcobjectives.objectives import IWAE
-from mcobjectives.sampling import draw, has_rsample
+from mcobjectives.sampling import detached, draw, has_rsample
 from mcobjectives.testing.densities import dense, is_whole, trainable
 from mcobjectives.testing.model_promises import Subject, batch_of, close, rows_of
 from mcobjectives.testing.report import Broken, Unchecked
@@ -66,7 +66,7 @@ def _attaches(s: Subject, parameters: dict[str, Tensor]) -> None:
     """What `posterior.attach` gives are the samples, with the gradient of those that are drawn."""
     posterior = s.model.posterior(s.x)
     drawn = posterior.rsample(torch.Size((s.k,)))
-    attached = posterior.attach(pytree.tree_map(Tensor.detach, drawn))
+    attached = posterior.attach(detached(drawn))
     grads = []
     for h in (drawn, attached):
         torch.manual_seed(s.seed)

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from mcobjectives.model import Latent, called, has_methods, log_weights
 from mcobjectives.model import log_joint as density_of
-from mcobjectives.sampling import draw, has_rsample
+from mcobjectives.sampling import detached, draw, has_rsample
 from mcobjectives.testing.densities import is_whole, normalisation, pathwise_identity, score_identity
 from mcobjectives.testing.report import Broken, Unchecked
 
@@ -116,7 +116,7 @@ def rows_of(s: Subject, x: Any) -> int:
 def _ignores_x(s: Subject) -> bool:
     """Whether q(h | x) stays as it is when a data point becomes another."""
     with torch.no_grad():
-        h = pytree.tree_map(Tensor.detach, draw(s.model.posterior(s.x), s.k))
+        h = detached(draw(s.model.posterior(s.x), s.k))
         both = (s.model.posterior(x).log_prob(h) for x in (s.x, _overwritten(s.x, 0, 0)))
         return torch.equal(*both)
 

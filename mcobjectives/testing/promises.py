@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from mcobjectives import derivatives
 from mcobjectives.messages import one_line
-from mcobjectives.objective import Objective
+from mcobjectives.objective import Objective, own_parameters
 from mcobjectives.testing.exact import Gaussian
 from mcobjectives.testing.report import Broken, Unchecked
 from mcobjectives.testing.sizes import first_possible, plainly, resized
@@ -252,10 +252,7 @@ def device(objective: Objective) -> None:
 
 def _moved(objective: Objective, device: str) -> Objective:
     """The objective with parameters of its own, which move with a model's, on another device."""
-    own = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)}
-    moved: dict[str, Any] = {
-        name: value.to(device) for name, value in own.items() if isinstance(value, torch.nn.Parameter)
-    }
+    moved: dict[str, Any] = {name: value.to(device) for name, value in own_parameters(objective).items()}
     return dataclasses.replace(objective, **plainly(objective), **moved) if moved else objective
 
 
