@@ -1,4 +1,4 @@
-"""Which latent units carry information on x: active units, of each stochastic layer."""
+"""Which latent units carry information on x: the active units of each stochastic layer."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mcobjectives.sampling import Samples
 class Activity(NamedTuple):
     """Which units of a stochastic layer carry information on x.
 
-    `variance` is Var_x E_q[h_u] of each unit, `units` the indices of the active ones, `pca` the number of active
-    directions: eigenvalues of the covariance of E_q[h] above the threshold.
+    `variance` is Var_x E_q[h_u] of each unit, and `units` has the indices of the active ones. `pca` is the number of
+    active directions: eigenvalues of the covariance of E_q[h] above the threshold.
     """
 
     variance: Tensor
@@ -34,8 +34,8 @@ class Activity(NamedTuple):
 def mean_covariance(means: Tensor, independent: Tensor | None = None) -> Tensor:
     """Cov_x E_q[h], `(d, d)` float64, without bias, from the exact means `(n, d)` or two estimates of them.
 
-    An average over samples is off by noise that adds to its variance. Two averages over independent samples have
-    independent noise, and their cross-covariance is free of it.
+    The noise of an average over samples adds to its variance. Two averages over independent samples have independent
+    noise, which cancels in their cross-covariance in expectation.
     """
     a = in_float64(means)
     b = a if independent is None else in_float64(independent)
@@ -50,7 +50,7 @@ def active_units(means: Tensor, independent: Tensor | None = None, *, threshold:
 
     Args:
         means: E_q[h] of each data point, `(n, d)`, or an average over samples of q.
-        independent: the average over other samples, where the means are not exact.
+        independent: if the means are not exact, the average over other samples.
         threshold: the least variance of an active unit.
 
     Example:
@@ -73,7 +73,7 @@ def pca_active_units(means: Tensor, independent: Tensor | None = None, *, thresh
 
 
 def activity(means: Tensor, independent: Tensor | None = None, *, threshold: float = 1e-2) -> Activity:
-    """`active_units` and `pca_active_units` with the indices of the units, from one covariance."""
+    """`active_units` and `pca_active_units` from one covariance, with the indices of the active units."""
     covariance = mean_covariance(means, independent)
     variance = covariance.diagonal().cpu()
     units = (variance > threshold).nonzero().flatten().tolist()
@@ -87,8 +87,8 @@ def layer_activity(
 
     Args:
         model: see `mcobjectives.Model`.
-        x: the data, one row a data point.
-        n: samples of q a data point, for layers whose E_q[h] is not known exactly.
+        x: the data, one row per data point.
+        n: samples of q per data point, for layers whose E_q[h] is not known exactly.
         threshold: the least variance of an active unit.
         batch_size: data points at a time.
 
@@ -107,10 +107,11 @@ def layer_activity(
 
 @torch.no_grad()
 def posterior_means(model: Any, x: Any, *, n: int = 100, batch_size: int = 100) -> list[tuple[Tensor, Tensor | None]]:
-    """E_q[h] of each layer and data point, `(points, d)`: exact with None, or two averages over n // 2 samples each.
+    """E_q[h] of each layer and data point, `(points, d)`: (exact, None), or two averages over n // 2 samples each.
 
-    Exact for layer 1 if `posterior.mean` is a tensor, or a tuple that starts with layer 1's. Otherwise averages of the
-    conditional means `posterior.layer_means(h)`, each `(k, batch, d)` given the layers before, or of the samples.
+    The mean of layer 1 is exact if `posterior.mean` is a tensor, or a tuple that starts with layer 1's mean. Otherwise
+    the averages are over the conditional means `posterior.layer_means(h)`, each `(k, batch, d)` given the layers
+    before, or over the samples if the posterior has no such method.
     """
     require_count("n", n, least=2)
     require_count("batch_size", batch_size)

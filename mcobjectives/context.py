@@ -1,4 +1,4 @@
-"""What torch is in the middle of: traces and transforms, its random numbers, the parameters that autocast has cast."""
+"""State of torch that we must respect: traces, transforms, random numbers, autocast's cache."""
 
 from __future__ import annotations
 

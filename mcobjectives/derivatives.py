@@ -92,7 +92,7 @@ def slopes_jump(slopes: Reduction, k: int) -> bool:
 
 
 def _steps(k: int) -> int:
-    """Into how many steps walks are cut: fewer of many samples, each of which costs as much and moves on its own."""
+    """Steps per walk: fewer for large k, to bound the cost."""
     return max(1, min(16, 160_000 // k))
 
 

@@ -1,4 +1,4 @@
-"""How good a gradient estimate is: its bias, variance, signal-to-noise ratio and cost, for each parameter group."""
+"""Measure a gradient estimate: its bias, variance, signal-to-noise ratio and cost, for each parameter group."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class GradientStatistics:
     """Moments of the gradient of a loss over repeated draws of the samples, for one parameter group.
 
     Attributes:
-        mean: the average gradient of each of the group's parameters, `(p,)` float64.
+        mean: the average gradient of each parameter in the group, `(p,)` float64.
         variance: the unbiased variance of a single gradient, `(p,)`.
-        draws: how many gradients were drawn.
+        draws: the number of gradients drawn.
         ms: median time of one gradient of all groups together, in milliseconds.
     """
 
@@ -51,19 +51,19 @@ class GradientStatistics:
 
     @property
     def squared_norm(self) -> float:
-        """The squared norm of the expected gradient, without bias: it may come out negative where it is small."""
+        """An unbiased estimate of the squared norm of the expected gradient; it may be negative for a small norm."""
         return float(self.mean.square().sum()) - self.total_variance / self.draws
 
     @property
     def group_snr(self) -> float:
-        """Norm of the expected gradient / root of the total variance: the SNR of the group as a whole."""
+        """Norm of the expected gradient / square root of the total variance: the SNR of the whole group."""
         signal = math.sqrt(max(0.0, self.squared_norm))
         noise = math.sqrt(self.total_variance)
         return signal / noise if noise else math.inf if signal else 0.0
 
 
 def parameter_groups(model: Any) -> dict[str, list[Tensor]]:
-    """The trainable parameters of each top-level child of a module; its own parameters are groups by themselves.
+    """The trainable parameters of each top-level child of a module. Each parameter of the module itself is a group.
 
     Example:
         >>> model = torch.nn.ModuleDict({"encoder": torch.nn.Linear(2, 3), "decoder": torch.nn.Linear(3, 2)})
@@ -82,15 +82,15 @@ def parameter_groups(model: Any) -> dict[str, list[Tensor]]:
 def gradient_statistics(
     loss: Loss, model: Any, x: Any, *, draws: int = 100, groups: Groups | None = None
 ) -> dict[str, GradientStatistics]:
-    """Mean and variance of the gradient of `loss(model, x)`, by default minus the mean bound over the batch.
+    """Mean and variance of the gradient of `loss(model, x)`. An objective's loss is minus the mean bound of the batch.
 
-    `p.grad` is left alone.
+    This does not change `p.grad`.
 
     Args:
         loss: an objective, or any function (model, x) -> scalar.
         model: see `mcobjectives.Model`.
         x: the batch, the same for all draws.
-        draws: how many gradients to draw, at least 2.
+        draws: the number of gradients to draw, at least 2.
         groups: name -> parameters; by default one group for each top-level child of the model.
 
     Example:
@@ -130,8 +130,8 @@ def gradient_statistics(
 class Row(NamedTuple):
     """One objective with its estimator on one parameter group.
 
-    `bias` is the norm of (expected gradient - reference), with the part that noise explains taken off: zero where it
-    explains all. `bias_error` is the norm of that noise: the bias is known no better.
+    `bias` is the norm of (expected gradient - reference) minus the part that noise explains: zero if noise explains all
+    of it. `bias_error` is the norm of that noise: a smaller bias cannot be seen.
     """
 
     objective: Any
@@ -145,7 +145,7 @@ class Row(NamedTuple):
 
 
 class Comparison(list[Row]):
-    """Rows of a comparison; `str` or `print` gives a table."""
+    """Rows of a comparison. `str` or `print` shows them as a table."""
 
     def __str__(self) -> str:
         head = ("objective", "group", "|gradient|", "bias", "+-", "variance", "SNR", "ms")
@@ -174,11 +174,11 @@ def compare_gradients(
         model: see `mcobjectives.Model`.
         x: the batch, the same for all.
         objectives: objectives, or any functions (model, x) -> scalar loss.
-        draws: gradients drawn of each.
-        reference: what the expected gradient should be: an objective, averaged over a long run; or exact gradients
-            of the loss, group -> `(p,)`. By default each objective's own gradient by "reparam", or by the score
-            family where the posterior has no rsample.
-        reference_draws: length of the long run, by default ten times `draws`.
+        draws: the number of gradients drawn for each.
+        reference: what the expected gradient should be: an objective, averaged over a long run, or the exact gradients
+            of the loss, group -> `(p,)`. The default is each objective's own gradient by "reparam", or by "vimco" or
+            "score" if a pathwise gradient would be wrong for the posterior.
+        reference_draws: length of the long run; by default ten times `draws`.
         groups: name -> parameters; by default one group for each top-level child of the model.
 
     Example:

@@ -4,10 +4,10 @@ They weight the terms of the surrogate that `mcobjectives.surrogate` differentia
 
     S = sum_i  a_i log p(x, h_i)  -  c_i log q_stopped(h_i | x)  -  s_i log q(stop(h_i) | x),
 
-where the pathwise gradient into h_i is c_i-weighted throughout. `None` stands for zeros: without c no samples need be
-differentiable, without s no score is taken. With g_i = dF/dl_i, H_ii = d2F/dl_i^2 and t the objective's weight on
-log p(h) - log q(h | x) (`kl_weight`), each estimator is one line. An estimator is valid for every objective that it
-does not refuse with `ValueError`.
+where c_i weights the pathwise gradient into h_i in every term. `None` stands for zeros: if c is None, samples need not
+be differentiable; if s is None, no score is taken. Write g_i = dF/dl_i, H_ii = d2F/dl_i^2, and t for the objective's
+weight on log p(h) - log q(h | x) (`kl_weight`). Then each estimator is one line. An estimator is valid for every
+objective that it does not refuse with `ValueError`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Weights(NamedTuple):
 
     Attributes:
         a: weights log p(x, h_i), for the model's parameters.
-        c: weights the path through the samples; None where samples need not be differentiable.
-        s: weights the score of q; None where none is taken.
+        c: weights the path through the samples; None if samples need not be differentiable.
+        s: weights the score of q; None if no score is taken.
 
     Example:
         >>> from mcobjectives import IWAE
@@ -43,7 +43,7 @@ class Weights(NamedTuple):
     s: Tensor | None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Weights:
-        """Each of the arrays that are there, changed."""
+        """The same weights with `change` applied to each array that is not None."""
         a, c, s = self
         return Weights(change(a), None if c is None else change(c), None if s is None else change(s))
 
@@ -55,7 +55,7 @@ def reparam(objective: Objective, log_w: Tensor) -> Weights:
 
 
 def stl(objective: Objective, log_w: Tensor) -> Weights:
-    """Sticking the landing (Roeder et al. 2017): reparam without the score of q; biased where F is not linear."""
+    """Sticking the landing (Roeder et al. 2017): reparam without the score of q; biased if F is not linear."""
     require_smooth(objective, "stl", twice=False)
     if objective.slopes_vary:
         warn_once(
@@ -67,17 +67,17 @@ def stl(objective: Objective, log_w: Tensor) -> Weights:
 
 
 def dreg(objective: Objective, log_w: Tensor) -> Weights:
-    """Doubly reparameterised gradient (Tucker et al. 2018) for any objective whose slopes are continuous."""
+    """The doubly reparameterised gradient (Tucker et al. 2018), for any objective with continuous slopes."""
     require_smooth(objective, "dreg")
     g = objective.slopes(log_w)
     return Weights(g, g - objective.tempering * objective.curvatures(log_w), None)
 
 
 def score(objective: Objective, log_w: Tensor) -> Weights:
-    """The score-function gradient (REINFORCE): no differentiable samples needed, high variance.
+    """The score-function gradient (REINFORCE): samples need not be differentiable, but the variance is high.
 
-    Every sample's score is weighted by the whole of F, so that the noise grows with k; by the sample's own term alone
-    where the objective is `linear`, as VAE is.
+    The whole of F weights every sample's score, so the noise grows with k. If the objective is `linear`, as VAE is,
+    only the sample's own term weights its score.
     """
     g = objective.slopes(log_w)
     own = torch.where(g == 0, 0.0, g * log_w) if objective.linear else objective.reduce(log_w)
@@ -85,9 +85,9 @@ def score(objective: Objective, log_w: Tensor) -> Weights:
 
 
 def vimco(objective: Objective, log_w: Tensor) -> Weights:
-    """Score function with a leave-one-out baseline (VIMCO, Mnih & Rezende 2016).
+    """The score-function gradient with a leave-one-out baseline (VIMCO, Mnih & Rezende 2016); needs k >= 2.
 
-    b_i is F with log w_i replaced by the mean of the others.
+    The baseline b_i is F with log w_i replaced by the mean of the others.
     """
     if log_w.shape[0] < 2:
         raise ValueError("gradient='vimco' needs at least two samples, got k = 1: use k >= 2 or gradient='score'")
@@ -101,16 +101,16 @@ def vimco(objective: Objective, log_w: Tensor) -> Weights:
 def rws(objective: Objective, log_w: Tensor) -> Weights:
     """Reweighted wake-sleep's wake phases (Bornschein & Bengio 2015).
 
-    theta follows the objective; phi minimises KL(p(h | x) || q(h | x)) by self-normalised weights, which is *not* the
-    gradient of the objective (Le et al. 2019). Tempered log-weights have another target.
+    theta follows the objective. phi minimises KL(p(h | x) || q(h | x)) with self-normalised weights, which is *not* the
+    gradient of the objective (Le et al. 2019). With tempered log-weights, phi has another target.
     """
     return Weights(objective.slopes(log_w), None, -log_w.softmax(0))
 
 
 def require_smooth(objective: Objective, estimator: str, *, twice: bool = True) -> None:
-    """Raise `ValueError` where the slopes jump (median, max), so that g - H_ii would lose a term.
+    """Raise `ValueError` if the slopes jump (median, max), so that g - H_ii would lose a term.
 
-    So it is where they vary but have no derivative, unless `twice` is False, for an estimator that takes no H_ii.
+    Raise it too if the slopes vary but have no derivative, unless `twice` is False, for an estimator without H_ii.
     """
     if not objective.smooth or objective.slopes_jump:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a trained model is worth: log p(x) by importance sampling, streamed; how good the samples are; active units."""
+"""Evaluate a trained model: log p(x) by streamed importance sampling, the quality of the samples, active units."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class Evaluation:
     """Estimates for each data point, `(points,)` float64 on the CPU, from the same k samples; all in nats.
 
     Attributes:
-        k: samples a data point.
+        k: samples per data point.
         log_likelihood: IWAE-k, an estimate of log p(x) from below.
-        elbo: the mean log-weight, VAE's bound.
+        elbo: the mean log-weight, which is VAE's bound.
         ess: effective sample size (sum w)^2 / sum w^2, between 1 and k.
-        khat: Pareto k-hat of the weights (Vehtari et al. 2024); NaN for k < 25 or where the largest weights are equal.
-        log_p_x_given_h: E_q log p(x | h), where the model tells log_likelihood and log_prior apart.
+        khat: Pareto k-hat of the weights (Vehtari et al. 2024); NaN for k < 25 or if the largest weights are equal.
+        log_p_x_given_h: E_q log p(x | h) if the model has log_likelihood and log_prior, else None.
     """
 
     k: int
@@ -65,7 +65,7 @@ class Evaluation:
 
     @classmethod
     def concatenate(cls, parts: Iterable[Evaluation]) -> Evaluation:
-        """The evaluations of parts of the data, by the same k, as one: of a loader's batches, say."""
+        """Join evaluations of parts of the data, all with the same k: those of a loader's batches, for example."""
         parts = list(parts)
         ks = sorted({part.k for part in parts})
         if len(ks) != 1:
@@ -93,7 +93,7 @@ class Evaluation:
 
     @property
     def nll_stderr(self) -> float:
-        """Standard error of `nll` over the data points; NaN for one."""
+        """Standard error of `nll` over the data points; NaN for a single one."""
         n = self.log_likelihood.numel()
         return float(self.log_likelihood.std() / math.sqrt(n)) if n > 1 else math.nan
 
@@ -101,7 +101,7 @@ class Evaluation:
     def nll_bias(self) -> float:
         """How much `nll` is too high because k is finite, to first order: mean (1 / ess - 1 / k) / 2.
 
-        It never exceeds half a nat: where `ess` is small, or k-hat large, the true bias is greater.
+        It never exceeds half a nat: if `ess` is small or k-hat is large, the true bias is greater.
         """
         return float((1 / self.ess - 1 / self.k).mean() / 2)
 
@@ -114,7 +114,7 @@ class Evaluation:
     def unreliable(self) -> float:
         """Fraction of data points whose k-hat is above min(1 - 1 / log10 k, 0.7): k is too small for them.
 
-        NaN for k < 25, where there is no k-hat to tell.
+        NaN for k < 25, where there is no k-hat.
         """
         if not tail_length(self.k):
             return math.nan
@@ -122,12 +122,12 @@ class Evaluation:
         return float((self.khat > threshold).double().mean())
 
     def __repr__(self) -> str:
-        """The means: what each data point has would fill the screen."""
+        """Only the means: the numbers of each data point would fill the screen."""
         means = ", ".join(f"{name}={value:.5g}" for name, value in self.to_dict().items() if value is not None)
         return f"{type(self).__name__}({means})"
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """The means as plain numbers for JSON, k-hat's over the finite ones; None where there is no finite number."""
+        """The means as plain numbers for JSON; k-hat's is over the finite ones. None if there is no finite number."""
         numbers: dict[str, Any] = {
             "points": self.log_likelihood.numel(),
             "k": self.k,
@@ -156,20 +156,20 @@ def evaluate(
     batch_size: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Evaluation:
-    """Estimate log p(x) and what goes with it by k samples of q(h | x), in memory that does not grow with k.
+    """Estimate log p(x) and its diagnostics with k samples of q(h | x), in memory that does not grow with k.
 
-    For a seed the samples depend on k and `batch_size`, not on `chunk_size`.
+    For a given seed, the samples depend on k and `batch_size`, not on `chunk_size`.
 
     Args:
         model: see `mcobjectives.Model`.
-        x: the data, on the model's device: a tensor, or a tuple, list or dict of tensors, one row a data point.
-        k: samples a data point.
+        x: the data, on the model's device: a tensor, or a tuple, list or dict of tensors, one row per data point.
+        k: samples per data point.
         chunk_size: samples evaluated at a time.
-        batch_size: data points at a time; for each of these batches `model.posterior` is called once.
+        batch_size: data points at a time; `model.posterior` is called once for each batch.
         progress: called after every batch with the number of data points done.
 
     Raises:
-        ValueError: for an argument outside its range, no data, or a data point whose weights are all zero.
+        ValueError: if an argument is outside its range, there are no data, or all weights of a data point are zero.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Log-likelihoods of images: Bernoulli pixels, where a training step spends its time, and discrete grey levels."""
+"""Log-likelihoods of images: Bernoulli pixels, on which a training step spends much time, and discrete grey levels."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _GROUP = 16  # a product of 16 factors, each in (1, 2], stays far inside float32
 def bernoulli_log_likelihood(logits: Tensor, x: Tensor) -> Tensor:
     """log p(x | logits) = sum_d x_d l_d - log(1 + exp(l_d)) of independent Bernoulli pixels, in nats.
 
-    `logits` is `(..., d)`; `x` in [0, 1], of any dtype, broadcasts against it, so that `(k, batch, d)` goes with
-    `(batch, d)`; the result is `(...)`, float32 at least.
+    `logits` is `(..., d)`. `x` is in [0, 1], of any dtype, and broadcasts against `logits`: `(k, batch, d)` goes with
+    `(batch, d)`. The result is `(...)`, in float32 at least.
 
-    The pixels' factors 1 + exp(-|l|) are multiplied in groups before one logarithm is taken of each group: log1p is
-    what the usual `binary_cross_entropy_with_logits` spends its time in. Products are kept minus one, so that small
-    terms keep their digits. Under `torch.compile` the whole is fused into one pass over the logits.
+    The usual `binary_cross_entropy_with_logits` spends its time in log1p. Here the pixels' factors 1 + exp(-|l|) are
+    multiplied in groups, and each group needs one logarithm. The products are stored minus one, so small terms keep
+    their digits. Under `torch.compile`, all of it is fused into one pass over the logits.
 
     Example:
         >>> import torch
@@ -42,17 +42,19 @@ def bernoulli_log_likelihood(logits: Tensor, x: Tensor) -> Tensor:
 def discretised_logistic_log_likelihood(mean: Tensor, log_scale: Tensor, x: Tensor, levels: int = 256) -> Tensor:
     """log p(x | mean, scale) = sum_d log P(x_d - w/2 < y_d < x_d + w/2) for y_d logistic, in nats.
 
-    A probability of the levels 0, w, 2w, ..., 1 with w = 1 / (levels - 1), as in Kingma et al. (2016): the lowest level
-    also takes what lies below it and the highest what lies above, so that the probabilities of all levels add up to
-    one. `mean` and `log_scale`, of the logistic distribution in units of x, are `(..., d)`; `x` broadcasts against
-    them, so that `(k, batch, d)` goes with `(batch, d)`, and counts as the nearest level; the result is `(...)`. In
-    bits per dimension it is -log p / (d log 2).
+    This is a probability over the levels 0, w, 2w, ..., 1 with w = 1 / (levels - 1), as in Kingma et al. (2016). The
+    lowest level includes everything below it and the highest everything above it, so the probabilities of all levels
+    add up to one.
 
-    With a and b the edges (x ± w/2 - mean) / scale, P = sigmoid(a) sigmoid(-b) (1 - exp(b - a)): no difference of
-    nearly equal numbers, so that neither a probability near zero nor one near one loses its digits.
+    `mean` and `log_scale` are those of the logistic distribution, in units of x, and have shape `(..., d)`. `x`
+    broadcasts against them: `(k, batch, d)` goes with `(batch, d)`. Each x counts as the nearest level. The result is
+    `(...)`. In bits per dimension it is -log p / (d log 2).
+
+    With a and b the edges (x ± w/2 - mean) / scale, P = sigmoid(a) sigmoid(-b) (1 - exp(b - a)). This takes no
+    difference of nearly equal numbers, so probabilities near zero and near one keep their digits.
 
     Raises:
-        ValueError: for fewer than two levels, or last dimensions that do not agree.
+        ValueError: if there are fewer than two levels, or the last dimensions do not agree.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""What an error says, short enough for a message that quotes it."""
+"""An error's text, shortened for use in another message."""
 
 from __future__ import annotations
 

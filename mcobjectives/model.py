@@ -1,4 +1,4 @@
-"""What a model is: q(h | x) to sample from, and log p(x, h). Nobody has to inherit from anything here."""
+"""What a model is: q(h | x) to sample from, and log p(x, h). No base class is needed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Latent = Any
 
 
 class ModelError(TypeError, ValueError):
-    """A model does not fit what was asked of it: a method is missing, or what it returns is not log-densities.
+    """The model does not fit the request: a method is missing, or it does not return log-densities.
 
     Example:
         >>> from mcobjectives import IWAE
@@ -35,12 +35,12 @@ class ModelError(TypeError, ValueError):
 class Posterior(Protocol):
     """q(h | x) for a batch of x: any `torch.distributions.Distribution` of batch shape `(batch,)` is one.
 
-    One that has `rsample` in place of `sample` will do where it is used, though not for a type checker.
+    A posterior with `rsample` but no `sample` works too, though a type checker rejects it.
 
-    Pathwise estimators need `rsample(sample_shape)` too, with samples that are differentiable. One whose samples cost
-    networks, as q(h1 | x) q(h2 | h1) does, may have `attach(h)` besides: the samples h, `(m, batch, ...)`, as functions
-    of its parameters, the noise in them held constant. With `backward_samples` its networks are then differentiated
-    for the chosen samples alone.
+    Pathwise estimators also need `rsample(sample_shape)`, with differentiable samples. If drawing samples runs
+    networks, as in q(h1 | x) q(h2 | h1), the posterior may also have `attach(h)`. It returns the samples h,
+    `(m, batch, ...)`, as functions of its parameters, with the noise in them held constant. With `backward_samples`,
+    its networks are then differentiated only for the chosen samples.
 
     Example:
         >>> from torch.distributions import Independent, Normal
@@ -61,8 +61,8 @@ class Posterior(Protocol):
 class Model(Protocol):
     """A latent-variable model: `log_joint(x, h)`, or `log_likelihood(x, h)` and `log_prior(h)`, each `(k, batch)`.
 
-    Nothing is inherited from: any object with these methods is a model. The protocol asks for `posterior` alone, since
-    the densities may be given in either way; they are looked for when an objective needs them.
+    Any object with these methods is a model; there is no base class. The protocol requires only `posterior`, because
+    you can give the densities in either way. An objective looks for them when it needs them.
 
     Example:
         >>> from torch.distributions import Independent, Normal
@@ -156,9 +156,8 @@ def log_joint(model: Any, x: Any, kl_weight: float = 1.0) -> Density:
 
 
 def parts(model: Any, x: Any, h: Latent) -> tuple[Tensor, Tensor]:
-    """log p(x | h) and log p(h); raises where they are another density than the model's log_joint, if it has one.
-
-    That is looked at once for each model, and not where it cannot be told: of random densities, under transforms.
+    """log p(x | h) and log p(h). Raises if the model's log_joint is not their sum; checked once per model, and skipped
+    for random densities and under transforms.
     """
     look = has_methods(model, "log_joint") and id(model) not in _AGREED
     before = rng_state() if look and all(map(may_synchronise, pytree.tree_leaves(h))) else None

@@ -1,4 +1,4 @@
-"""Objective: a pure function of log-weights, its sample count, and the one way in which all of them are estimated."""
+"""Objective: a pure function of log-weights and a sample count. All objectives are estimated in the same way."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ _DERIVED = ("slopes", "curvatures", "leave_one_out", "linear")
 class Objective(ABC):
     """A Monte Carlo objective: subclasses are frozen dataclasses with a field `k` and a method `reduce`.
 
-    All of it in nats. `k` samples h_i ~ q(h | x) for each data point give log-weights
-    log w_i = log p(x, h_i) - log q(h_i | x), `(k, batch)`; `reduce` maps them to `(batch,)`.
+    Everything is in nats. For each data point, `k` samples h_i ~ q(h | x) give the log-weights
+    log w_i = log p(x, h_i) - log q(h_i | x), `(k, batch)`. `reduce` maps them to `(batch,)`.
 
     Args:
-        gradient: name of the gradient estimator: "reparam", "stl", "dreg", "score", "vimco", "rws" or a plugin's; or
-            such a function (objective, log_weights) -> (a, c, s) itself.
-        chunk_size: evaluate so many samples at a time and evaluate them again in the backward pass: the same gradient,
-            with the graph of one chunk in memory at a time.
-        backward_samples: back-propagate so many of the k samples, chosen without bias by their weights.
-        kl_weight: t in log p(x | h) + t (log p(h) - log q(h | x)); in general a bound for t = 1 alone.
+        gradient: name of the gradient estimator: "reparam", "stl", "dreg", "score", "vimco", "rws" or a plugin's. You
+            can also pass the function (objective, log_weights) -> (a, c, s) itself.
+        chunk_size: evaluate this many samples at a time, and again in the backward pass. The gradient is the same, but
+            only the graph of one chunk is in memory at a time.
+        backward_samples: back-propagate this many of the k samples, chosen without bias by their weights.
+        kl_weight: t in log p(x | h) + t (log p(h) - log q(h | x)). In general the result is a bound only for t = 1.
 
     Raises:
-        ValueError: for an argument outside its range, or an estimator that is not valid for this objective.
+        ValueError: if an argument is outside its range, or the estimator is not valid for this objective.
         ModelError: if the model lacks what the objective needs, or returns something other than `(k, batch)`.
 
     Example:
@@ -72,16 +72,16 @@ class Objective(ABC):
     # What an objective may state about itself.
 
     smooth: ClassVar[bool] = True
-    """False where dF/dlog w jumps (a median, a maximum): STL and DReG are then refused."""
+    """False if dF/dlog w jumps (a median, a maximum): STL and DReG are then refused."""
 
     linear: ClassVar[bool] = False
-    """True where F is a sum of terms of one log-weight each, weighted by constants, as a mean is."""
+    """True if F is a sum of terms of one log-weight each with constant weights, such as a mean."""
 
     exempt: ClassVar[frozenset[str]] = frozenset()
-    """Which properties it does not promise: out of `mcobjectives.testing.EXEMPTABLE`, and checked there."""
+    """Properties that it does not have, from `mcobjectives.testing.EXEMPTABLE`; the kit checks this declaration too."""
 
     analytic_kl = False
-    """Whether log p(h) - log q(h | x) is replaced by its expectation."""
+    """Whether its expectation replaces log p(h) - log q(h | x)."""
 
     @property
     def tempering(self) -> float:
@@ -99,28 +99,28 @@ class Objective(ABC):
         return curvatures(self.reduce, log_w)
 
     def leave_one_out(self, log_w: Tensor) -> Tensor:
-        """b_i = F with log w_i replaced by the mean of the others, `(k, batch)`."""
+        """b_i = F with log w_i replaced by the mean of the other log-weights, `(k, batch)`."""
         return leave_one_out(self.reduce, log_w)
 
     @cached_property
     def slopes_vary(self) -> bool:
-        """Whether the slopes were seen to depend on the log-weights, so that F is not linear."""
+        """Whether the slopes depend on the log-weights, as found by trial: F is then not linear."""
         return self._seen("vary", lambda: slopes_vary(self.slopes, self.k))
 
     @cached_property
     def slopes_jump(self) -> bool:
-        """Whether the slopes were seen to jump."""
+        """Whether the slopes jump, as found by trial."""
         return self._seen("jump", lambda: slopes_jump(self.slopes, self.k))
 
     @cached_property
     def slopes_differentiable(self) -> bool:
-        """False where the slopes vary and have no derivative: an autograd.Function's whose backward is of numbers."""
+        """False if the slopes vary but have no derivative, as in a Function whose backward autograd cannot follow."""
         if type(self).curvatures is not Objective.curvatures:
             return True
         return self._seen("differentiable", lambda: differentiable_twice(self.reduce, self.k)) or not self.slopes_vary
 
     def _seen(self, what: str, look: Callable[[], bool]) -> bool:
-        """Look once for all objectives that differ in how they are estimated alone."""
+        """Cache `look()` by class and own options: how an objective is estimated does not change its slopes."""
         of_all = {f.name for f in own_fields(self)[1]}
         own = {name: value for name, value in self.__getstate__().items() if name not in of_all}
         if not all(value is None or isinstance(value, (bool, int, float, str)) for value in own.values()):
@@ -132,7 +132,7 @@ class Objective(ABC):
 
     @property
     def weighs_itself(self) -> bool:
-        """Whether it is its own estimator, by a `weights` of its own."""
+        """Whether the class overrides `weights`, and so is its own estimator."""
         return type(self).weights is not Objective.weights
 
     def weights(self, log_w: Tensor) -> Weights:
@@ -142,7 +142,7 @@ class Objective(ABC):
     # The three ways to use an objective on a model.
 
     def __call__(self, model: Any, x: Any) -> Tensor:
-        """The loss: minus the mean bound over the batch, a scalar; `backward()` trains p and q."""
+        """The loss: minus the mean bound over the batch, a scalar. Its `backward()` trains p and q."""
         return -self.surrogate(model, x).mean()
 
     def bound(self, model: Any, x: Any) -> Tensor:
@@ -151,7 +151,7 @@ class Objective(ABC):
             return self.surrogate(model, x)
 
     def surrogate(self, model: Any, x: Any) -> Tensor:
-        """The bound for each data point, `(batch,)`, whose gradient is the estimator's."""
+        """The bound for each data point, `(batch,)`, with the estimator's gradient."""
         if self.chunk_size is None or not torch.is_grad_enabled():
             return self._surrogate(model, x)
         return uncompiled(self._surrogate)(model, x)
@@ -181,7 +181,7 @@ class Objective(ABC):
 
     @cached_property
     def plan(self) -> Plan:
-        """Which terms of the surrogate the estimator calls for."""
+        """Which terms of the surrogate the estimator needs."""
         # "reparam" with the objective's own weights is plain differentiation of F: no surrogate is needed.
         if self.gradient == "reparam" and not self.weighs_itself:
             return PLAIN
@@ -233,7 +233,7 @@ class Objective(ABC):
 
 
 class BoundObjective(torch.nn.Module):
-    """An objective and a model in one module: `forward(x)` is the loss. `objective.bind(model)` makes one.
+    """An objective and a model in one module: `forward(x)` is the loss. `objective.bind(model)` creates it.
 
     Example:
         >>> from mcobjectives import IWAE
@@ -280,5 +280,5 @@ def own_parameters(objective: Objective) -> dict[str, torch.nn.Parameter]:
 
 
 def _place(cls: type, name: str) -> int:
-    """How far up a class has a method from: 0 for its own."""
+    """Position in the MRO of the class that defines the method; 0 is the class itself."""
     return next(i for i, parent in enumerate(cls.__mro__) if name in vars(parent))

@@ -1,7 +1,7 @@
 """The paper's seven objectives: a few lines of mathematics each.
 
-`l_i` are the log-weights of one data point, LME their log-mean-exp. The closed-form derivatives are those that
-autograd on `reduce` gives, only cheaper.
+`l_i` are the log-weights of one data point, LME is their log-mean-exp. The closed-form derivatives equal those of
+autograd on `reduce`, and are cheaper.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class _Mean(Objective):
 class VAE(_Mean):
     """The evidence lower bound: F = (1/k) sum_i l_i (Kingma & Welling 2014).
 
-    With `analytic_kl=True`, log p(h) - log q(h | x) is replaced by -KL(q(h | x) || p(h)) in closed form, for one
-    stochastic layer with a prior N(0, I) or a `model.prior` that `torch.distributions.kl_divergence` knows.
+    With `analytic_kl=True`, -KL(q(h | x) || p(h)) in closed form replaces log p(h) - log q(h | x). This needs one
+    stochastic layer, and a prior N(0, I) or a `model.prior` that `torch.distributions.kl_divergence` knows.
 
     Args:
         k: samples for each data point.
-        analytic_kl: take KL(q(h | x) || p(h)) in closed form in place of the samples'.
+        analytic_kl: use the closed form of KL(q(h | x) || p(h)) instead of the samples.
 
-    The options after these are those of every `Objective`.
+    Every `Objective` also takes the options of the base class.
 
     Example:
         >>> import torch
@@ -70,12 +70,12 @@ class VAE(_Mean):
 class IWAE(Objective):
     """The importance-weighted bound: F = log (1/k) sum_i w_i (Burda, Grosse & Salakhutdinov 2016).
 
-    A lower bound on log p(x) in expectation, tighter as k grows; `k = 1` is the VAE.
+    In expectation it is a lower bound on log p(x), and it gets tighter as k grows. `k = 1` is the VAE.
 
     Args:
         k: samples for each data point.
 
-    The options after these are those of every `Objective`.
+    Every `Objective` also takes the options of the base class.
 
     Example:
         >>> import torch
@@ -103,14 +103,14 @@ class IWAE(Objective):
 class Power(Objective):
     """The power mean of the weights: F = (1/p) log (1/k) sum_i w_i^p (the VR bound of Li & Turner 2016, alpha = 1 - p).
 
-    p -> 0 is the VAE, 1 is IWAE, p -> inf the largest weight. A lower bound on log p(x), in expectation, only for
-    p <= 1: above, its expectation may exceed log p(x) by up to (1 - 1/p) log k and must not be read as a likelihood.
+    p -> 0 is the VAE, p = 1 is IWAE, p -> inf is the largest weight. Only for p <= 1 is it a lower bound on log p(x) in
+    expectation. For p > 1 its expectation may exceed log p(x) by up to (1 - 1/p) log k: do not read it as a likelihood.
 
     Args:
         k: samples for each data point.
         p: the exponent, not 0.
 
-    The options after these are those of every `Objective`.
+    Every `Objective` also takes the options of the base class.
 
     Example:
         >>> import torch
@@ -145,12 +145,12 @@ class Power(Objective):
 class Median(Objective):
     """The median log-weight, the mean of the two middle ones for even k (Arnal, Lee & Pezzotti 2021). Not a bound.
 
-    Its slopes jump where samples change places, so STL and DReG are refused.
+    Its slopes jump where samples change places, so it refuses STL and DReG.
 
     Args:
         k: samples for each data point.
 
-    The options after these are those of every `Objective`.
+    Every `Objective` also takes the options of the base class.
 
     Example:
         >>> import torch
@@ -170,14 +170,16 @@ class Median(Objective):
 class LAlpha(_Mean):
     """L_alpha = E log p(x | h) - alpha KL(q(h | x) || p(h)) (Arnal, Lee & Pezzotti 2021; the beta-VAE's objective).
 
-    It is the VAE on log-weights whose term log p(h) - log q(h | x) is weighted by alpha, so the model must give
-    `log_likelihood` and `log_prior` apart. alpha = 1 is the VAE; above it is a looser bound, below none.
+    It is the VAE on log-weights whose term log p(h) - log q(h | x) is weighted by alpha: `LAlpha(k, alpha)` gives the
+    same numbers as `VAE(k=k, kl_weight=alpha)`. Its alpha is the beta of the beta-VAE; the beta of `CIWAE` is something
+    else. The model must have `log_likelihood` and `log_prior`. alpha = 1 is the VAE, alpha > 1 a looser bound, and
+    alpha < 1 not a bound.
 
     Args:
         k: samples for each data point.
         alpha: the weight of the KL, at least 0.
 
-    The options after these are those of every `Objective`.
+    Every `Objective` also takes the options of the base class.
 
     Example:
         >>> import torch
@@ -203,9 +205,9 @@ class CIWAE(Objective):
 
     Args:
         k: samples for each data point.
-        beta: the VAE's share, in [0, 1].
+        beta: the VAE's share, in [0, 1]; not the beta of the beta-VAE, which is `LAlpha`.
 
-    The options after these are those of every `Objective`.
+    Every `Objective` also takes the options of the base class.
 
     Example:
         >>> import torch
@@ -237,13 +239,13 @@ class CIWAE(Objective):
 class MIWAE(Objective):
     """The mean of k2 IWAE bounds of k1 samples each: k = k1 k2 samples in all (Rainforth et al. 2018).
 
-    (1, k) is the VAE and (k, 1) IWAE; sample i belongs to group i // k1.
+    (1, k) is the VAE and (k, 1) is IWAE. Sample i belongs to group i // k1.
 
     Args:
         k1: samples in each group.
-        k2: groups.
+        k2: number of groups.
 
-    The options after these are those of every `Objective`.
+    Every `Objective` also takes the options of the base class.
 
     Example:
         >>> import torch
@@ -285,12 +287,12 @@ class MIWAE(Objective):
 class Split(Objective):
     """One objective for the generative network, another for the inference network, on the same samples.
 
-    `Split(generative=IWAE(k=64), inference=MIWAE(8, 8))` is PIWAE (Rainforth et al. 2018). Its value is the generative
-    objective's; each part brings its own `gradient`, both need the same number of samples and the same `kl_weight`.
+    `Split(generative=IWAE(k=64), inference=MIWAE(8, 8))` is PIWAE (Rainforth et al. 2018). Its value is that of the
+    generative objective. Each part has its own `gradient`. Both need the same number of samples and `kl_weight`.
 
     Args:
-        generative: the objective of log p(x, h)'s parameters.
-        inference: the objective of those of q.
+        generative: the objective for the parameters of log p(x, h).
+        inference: the objective for the parameters of q.
 
     Example:
         >>> Split(generative=IWAE(k=6), inference=MIWAE(k1=3, k2=2)).k

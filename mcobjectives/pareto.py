@@ -1,6 +1,6 @@
-"""Pareto k-hat: how heavy the tail of the importance weights is, so whether an average of them can be trusted.
+"""Pareto k-hat: how heavy the tail of the importance weights is, and so whether to trust an average of them.
 
-arviz-stats fits one column that holds every weight; this one a batch of tails, which is all that a stream keeps.
+arviz-stats fits one column that holds every weight. This one fits a batch of tails, which is all that a stream keeps.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _EQUAL = 1e-3
 
 
 def tail_length(k: int) -> int:
-    """How many of k weights make the tail that k-hat is fitted to: min(k / 5, 3 sqrt k), zero where under five."""
+    """How many of k weights form the tail that k-hat is fitted to: min(k / 5, 3 sqrt k), or zero if under five."""
     tail = int(min(k / 5, 3 * math.sqrt(k)))
     return tail if tail >= 5 else 0
 
@@ -24,9 +24,9 @@ def tail_length(k: int) -> int:
 def pareto_khat(largest: Tensor) -> Tensor:
     """Shape of the generalised Pareto distribution of the largest weights, `(tail + 1, batch) -> (batch,)`.
 
-    `largest` holds the largest log-weights in descending order, the last of them the cutoff. Fitted by Zhang & Stephens
-    (2009) with the weak prior of Vehtari et al. (2024). NaN where there is no tail or its weights are equal to a
-    thousandth, infinite where three quarters of them vanish beside the largest.
+    `largest` has the largest log-weights in descending order; the last one is the cutoff. The fit is that of Zhang &
+    Stephens (2009) with the weak prior of Vehtari et al. (2024). The result is NaN if there is no tail or its weights
+    are equal to within a thousandth. It is infinite if three quarters of them vanish beside the largest.
 
     Example:
         >>> import torch

@@ -110,7 +110,7 @@ def get_objective(name: str) -> Callable[..., Any]:
     """The objective class registered under a name.
 
     Raises:
-        PluginError: for a name that is not installed, claimed twice, broken, or not an objective's.
+        PluginError: if the name is not installed, claimed twice, broken, or not that of an objective.
 
     Example:
         >>> get_objective("iwae")(k=5)
@@ -129,7 +129,7 @@ def get_estimator(name: str) -> Estimator:
     """The estimator registered under a name: a function (objective, log_weights) -> (a, c, s).
 
     Raises:
-        PluginError: for a name that is not installed, claimed twice, broken, or not a function's.
+        PluginError: if the name is not installed, claimed twice, broken, or not that of a function.
 
     Example:
         >>> get_estimator("dreg").__name__

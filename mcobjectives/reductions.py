@@ -1,4 +1,4 @@
-"""Pure functions on log-weights: ``(k, batch) -> (batch,)``, in log space to the end."""
+"""Pure functions on log-weights: ``(k, batch) -> (batch,)``, entirely in log space."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
 
 
 def log_power_mean(log_w: Tensor, p: float) -> Tensor:
-    """log of the power mean of the weights, (1/p) log (1/k) sum_i w_i^p; the mean of log_w in the limit p -> 0.
+    """log of the power mean of the weights, (1/p) log (1/k) sum_i w_i^p. For p -> 0 it is the mean of log_w.
 
-    `log_w` is `(k, batch)`, the result `(batch,)`. Negative `p` (down to the minimum) is allowed.
+    `log_w` is `(k, batch)`, the result is `(batch,)`. `p` may be negative; p -> -inf gives the minimum.
     """
     if abs(p) < _TINY_POWER:
         return log_w.mean(0)
@@ -32,7 +32,7 @@ def log_power_mean(log_w: Tensor, p: float) -> Tensor:
 
 
 def log_median(log_w: Tensor) -> Tensor:
-    """Median over the samples; for even k the mean of the two middle log-weights (torch.median takes the lower)."""
+    """Median over the samples. For even k, the mean of the two middle log-weights (torch.median takes the lower)."""
     k = log_w.shape[0]
     ordered = log_w.sort(0).values
     return (ordered[(k - 1) // 2] + ordered[k // 2]) / 2
@@ -44,12 +44,12 @@ def effective_sample_size(log_w: Tensor) -> Tensor:
 
 
 def mean_of_others(log_w: Tensor) -> Tensor:
-    """For each i the mean of the log-weights j != i: `(k, batch) -> (k, batch)`."""
+    """For each i, the mean of the log-weights j != i: `(k, batch) -> (k, batch)`."""
     return _without_each(log_w, torch.cumsum, torch.add, 0.0) / (log_w.shape[0] - 1)
 
 
 def logsumexp_of_others(log_w: Tensor) -> Tensor:
-    """For each i the logsumexp of the log-weights j != i: `(k, batch) -> (k, batch)`, in O(k) memory."""
+    """For each i, the logsumexp of the log-weights j != i: `(k, batch) -> (k, batch)`, in O(k) memory."""
     return _without_each(log_w, torch.logcumsumexp, torch.logaddexp, -math.inf)
 
 

@@ -245,10 +245,10 @@ def check_differentiable(h: Latent, log_q: Tensor) -> None:
 
 
 def parameterless(h: Tensor) -> Tensor:
-    """h, marked as samples of a layer of q that has no parameters, so that no path through them can be lost.
+    """Mark h as samples of a layer of q that has no parameters, so that no path through them can be lost.
 
-    For `rsample` of a q that draws a part of h from a fixed distribution, beside others that have parameters: freshly
-    drawn samples, outside transforms of torch.func.
+    Use it in `rsample` of a q that draws one part of h from a fixed distribution and others from distributions with
+    parameters. h must be freshly drawn, outside transforms of torch.func.
 
     Example:
         >>> noise = parameterless(torch.randn(5, 3, 2))

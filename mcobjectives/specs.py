@@ -1,4 +1,4 @@
-"""Objectives as text, `power(k=50, p=3)`: read by `ast` as literals only, never evaluated, and written back."""
+"""Objectives as text, such as `power(k=50, p=3)`: parsed with `ast` as literals only, never evaluated, and written."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _LONGEST = 2000
 
 
 def parse_objective(spec: str) -> Objective:
-    """The objective that a spec stands for: a registered name, with options in Python literals.
+    """The objective that a spec describes: a registered name, with options as Python literals.
 
-    Options are keywords whose values are numbers, strings, True, False or None; `split` takes its two parts as specs.
+    Options are keywords whose values are numbers, strings, True, False or None. `split` takes its two parts as specs.
 
     Raises:
-        ValueError: in one line with the spec and the mend, whatever is wrong with it.
+        ValueError: if anything is wrong with the spec; the one-line message has the spec and how to correct it.
 
     Example:
         >>> parse_objective("iwae")
@@ -43,9 +43,9 @@ def parse_objective(spec: str) -> Objective:
 
 
 def import_objective(spec: str) -> Objective:
-    """The objective of a spec that says where its class is: `mypackage.module:MyObjective(k=3)`.
+    """The objective of a spec that names the module of its class: `mypackage.module:MyObjective(k=3)`.
 
-    This imports `mypackage.module`: it is for code of one's own (`mcobj check`), not for specs from elsewhere.
+    This imports `mypackage.module`. Use it for your own code (`mcobj check`), not for specs from elsewhere.
 
     Example:
         >>> import_objective("mcobjectives.objectives:IWAE(k=3)")
@@ -71,9 +71,9 @@ def import_objective(spec: str) -> Objective:
 
 
 def format_objective(objective: Objective) -> str:
-    """The shortest spec of an objective, its inverse: `parse_objective(format_objective(objective)) == objective`.
+    """The shortest spec of an objective: `parse_objective(format_objective(objective)) == objective`.
 
-    An objective that is not registered is written as `module:Class(...)`, which `import_objective` reads.
+    An objective that is not registered becomes `module:Class(...)`, which `import_objective` reads.
 
     Example:
         >>> from mcobjectives import IWAE, Power

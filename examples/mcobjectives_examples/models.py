@@ -1,4 +1,4 @@
-"""The paper's models: chains of Gaussian layers under Bernoulli pixels, of any depth and any input width."""
+"""The paper's models: chains of Gaussian layers with Bernoulli pixels, of any depth and any input width."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def gaussian_log_prob(h: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 class Affine(nn.Linear):
-    """A linear layer that adds its bias, in float32, after the product: torch's copies it over the whole result first.
+    """A linear layer that adds its bias after the product, in float32. torch's first copies it over the whole result.
 
-    Compiled, the sum is part of whatever comes next.
+    When compiled, the sum is fused into the next operation.
     """
 
     def forward(self, given: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class Affine(nn.Linear):
 
 
 class Tanh(nn.Module):
-    """tanh; where compiled by the logistic function, exact to 1e-7 and three times faster."""
+    """tanh. When compiled it uses the logistic function, which is exact to 1e-7 and three times faster."""
 
     def forward(self, given: Tensor) -> Tensor:
         return 2 * torch.sigmoid(2 * given) - 1 if torch.compiler.is_compiling() else torch.tanh(given)
@@ -71,11 +71,11 @@ class GaussianChain:
 
     @property
     def mean(self) -> tuple[Tensor]:
-        """The exact mean of layer 1, `(batch, d)`; deeper layers have none in closed form."""
+        """The exact mean of layer 1, `(batch, d)`; deeper layers have no closed form."""
         return (self.first[0],)
 
     def attach(self, h: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """h = mean + std * noise again, each layer's mean and std differentiable and its noise (h - mean) / std not."""
+        """The same h = mean + std * noise, with a gradient for each layer's mean and std, and none for its noise."""
         mean, std = self.first
         attached: list[Tensor] = []
         for i, part in enumerate(h):
@@ -108,12 +108,12 @@ class PaperModel(nn.Module):
     """Bernoulli pixels over `len(latent)` Gaussian layers, tanh networks, Glorot weights (Arnal, Lee & Pezzotti 2021).
 
     q(h | x) = q(h1 | x) q(h2 | h1) ..., p(x, h) = N(h_L; 0, I) ... p(h1 | h2) Bernoulli(x; decoder(h1)). For one layer
-    h is a tensor `(k, batch, d)`, otherwise a tuple of them. `x` is `(batch, pixels)` with values in [0, 1].
+    h is a tensor `(k, batch, d)`, for several a tuple of them. `x` is `(batch, pixels)` with values in [0, 1].
 
     Args:
-        pixel_means: training mean of each pixel, `(pixels,)`; its logit becomes the output bias.
-        hidden: width of both tanh layers of each stochastic layer, from x upwards.
-        latent: width of each stochastic layer, from x upwards.
+        pixel_means: the training mean of each pixel, `(pixels,)`; its logit becomes the output bias.
+        hidden: the width of both tanh layers of each stochastic layer, from x upwards.
+        latent: the width of each stochastic layer, from x upwards.
 
     Example:
         >>> from mcobjectives import IWAE
@@ -143,7 +143,7 @@ class PaperModel(nn.Module):
 
     @property
     def prior(self) -> Independent[Normal] | None:
-        """p(h) = N(0, I) for one layer, for `analytic_kl=True`; None for several, whose prior is a chain."""
+        """p(h) = N(0, I) for one layer, for `analytic_kl=True`; None for several layers, whose prior is a chain."""
         if self.prior_layers:
             return None
         first = self.decoder[0]
@@ -188,7 +188,7 @@ def _layers(h: Any) -> tuple[Tensor, ...]:
 
 
 def paper_model(layers: int, pixel_means: Tensor, latent: int | None = None) -> PaperModel:
-    """The paper's 1L (pixels-200-200-50) or 2L (200-200-100, 100-100-50) model, or with another topmost width."""
+    """The paper's 1L (pixels-200-200-50) or 2L (200-200-100, 100-100-50) model; `latent` changes the topmost width."""
     architectures = paper()["architectures"]
     if str(layers) not in architectures:
         raise ValueError(f"layers must be one of {', '.join(architectures)}, got {layers!r}")

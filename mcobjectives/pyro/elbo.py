@@ -14,17 +14,17 @@ from mcobjectives.pyro.programs import Program
 
 
 class ObjectiveELBO(ELBO):
-    """Any objective with any estimator as a `pyro.infer.ELBO`, by Pyro's conventions.
+    """Any objective with any estimator as a `pyro.infer.ELBO`, following Pyro's conventions.
 
-    The loss is minus the bound, summed over the data, with the scales of plates and `poutine.scale` applied to it
-    (outside the logarithm), so that with `subsample_size` it estimates the whole data set's.
+    The loss is minus the bound, summed over the data. The scales of plates and `poutine.scale` multiply it, outside the
+    logarithm, so with `subsample_size` it estimates the loss of the whole data set.
 
     Args:
-        objective: `IWAE(k=50, gradient="dreg")`, say.
+        objective: for example `IWAE(k=50, gradient="dreg")`.
         max_plate_nesting: as for `PyroModel`.
         weights: as for `PyroModel`. An objective that is linear in the log-weights (VAE) needs no weight for each data
             point, and takes programs that others refuse.
-        retain_graph: passed to `backward` by `loss_and_grads`.
+        retain_graph: `loss_and_grads` passes it to `backward`.
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch
@@ -66,13 +66,13 @@ class ObjectiveELBO(ELBO):
         return -(self.objective.bound(pair, x) * pair.scale).sum().item()
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """The same number, whose gradient is the estimator's."""
+        """The same number, with the estimator's gradient."""
         x = Arguments(*args, **kwargs)
         pair = self._programs(model, guide, x)
         return -(self.objective.surrogate(pair, x) * pair.scale).sum()
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """The same number; gradients are added to the parameters'."""
+        """The same number; adds the gradients to those of the parameters."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)

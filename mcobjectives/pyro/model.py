@@ -16,7 +16,7 @@ from mcobjectives.pyro.structure import Structure, check_guide, check_matched, c
 
 
 class Arguments:
-    """Several arguments of a pair of programs in place of one x: `IWAE(k=5)(model, Arguments(x, y=y))`."""
+    """Several arguments for a pair of programs, instead of one x: `IWAE(k=5)(model, Arguments(x, y=y))`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.args, self.kwargs = args, kwargs
@@ -39,10 +39,10 @@ def _as_arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 class Sites(dict[str, Tensor]):
-    """The guide's random sites by name, each `(k, batch, other plates..., event...)`, and whom they were drawn from.
+    """The guide's random sites by name, each `(k, batch, other plates..., event...)`, and the posterior they come from.
 
-    `trace` holds the guide's execution at exactly these tensors, where it is known: copies, slices and detached
-    samples have none.
+    `trace` holds the guide's execution at exactly these tensors, if it is known. Copies, slices and detached samples
+    have none.
     """
 
     def __init__(self, parts: dict[str, Tensor], posterior: GuidePosterior, trace: Trace | None = None) -> None:
@@ -77,21 +77,21 @@ pytree.register_pytree_node(
 class PyroModel(torch.nn.Module):
     """A pair of Pyro programs as a Model: `IWAE(k=50)(PyroModel(model, guide), x)`.
 
-    The programs are called as `model(x)` and `guide(x)`; with `Arguments(...)` in place of x, with those. The loss is
-    minus the mean over the data plate (over its subsample, unscaled). One guide execution draws all samples, with what
-    depends on x alone computed once on batch rows; guides whose sites depend on one another, or that leave the model
-    samples beside the sites, are executed again where a density is needed at other samples.
+    The programs are called as `model(x)` and `guide(x)`, or with the contents of `Arguments(...)` if x is one. The loss
+    is minus the mean over the data plate (over its subsample, unscaled). One guide execution draws all samples, and
+    computes what depends only on x once, on batch rows. Some guides are executed again when a density is needed at
+    other samples: those whose sites depend on one another, and those that leave the model samples beside the sites.
 
     Args:
-        model: a Pyro program; data are observed by `obs` or `pyro.factor`.
-        guide: a Pyro program with the model's latent sites: functions, `PyroModule`s, autoguides.
-        max_plate_nesting: how many dimensions belong to plates; found by a first run if not given.
-        weights: "auto" gives each element of the plate that holds all sites its weight, or the whole data set one if
-            no latent is in a plate, and refuses other programs; "joint" gives the whole data set one weight.
-        scaled: multiply each site's log-density by its scale, inside the weights: right for VAE alone.
+        model: a Pyro program that observes data with `obs` or `pyro.factor`.
+        guide: a Pyro program with the model's latent sites: a function, `PyroModule` or autoguide.
+        max_plate_nesting: the number of dimensions that belong to plates; by default a first run finds it.
+        weights: "auto" gives one weight to each element of the plate that holds all sites, or one to the whole data set
+            if no latent is in a plate, and refuses other programs. "joint" gives the whole data set one weight.
+        scaled: multiply each site's log-density by its scale, inside the weights. This is right only for VAE.
 
     Raises:
-        ModelError: for a program that cannot be weighted, with the reason and the mend.
+        ModelError: if the program cannot be weighted; the message has the reason and what to change.
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch
@@ -140,21 +140,21 @@ class PyroModel(torch.nn.Module):
         return GuidePosterior(self, args, kwargs, self._layout(args, kwargs))
 
     def log_joint(self, x: Any, h: Any) -> Tensor:
-        """log p(x, h), `(k, batch)`; less the log-density of the guide's `Delta` sites, if it has any."""
+        """log p(x, h), `(k, batch)`, minus the log-density of the guide's `Delta` sites, if it has any."""
         return self._density(self._sites(x, h), likelihood=True, prior=True)
 
     def log_likelihood(self, x: Any, h: Any) -> Tensor:
-        """The observed sites' part of it, factors included, `(k, batch)`."""
+        """The observed sites' part of log p(x, h), including factors, `(k, batch)`."""
         return self._density(self._sites(x, h), likelihood=True, prior=False)
 
     def log_prior(self, h: Sites) -> Tensor:
-        """The latent sites' part, `(k, batch)`, for samples drawn from `posterior(x)`."""
+        """The latent sites' part of log p(x, h), `(k, batch)`, for samples drawn from `posterior(x)`."""
         if not isinstance(h, Sites):
             raise ModelError("log_prior needs samples that posterior(x) has drawn: a program's prior may depend on x")
         return self._density(h, likelihood=False, prior=True)
 
     def structure(self, x: Any) -> Structure:
-        """The programs' plates, found by plain runs at the first x and kept."""
+        """The programs' plates, found by plain runs at the first x and cached."""
         if self._structure is None:
             args, kwargs = _as_arguments(x)
             self._structure = inspect(self.model, self.guide, args, kwargs)
@@ -223,7 +223,7 @@ class PyroModel(torch.nn.Module):
 
 
 class GuidePosterior:
-    """A guide at one x: `rsample`, `sample` and `log_prob` of its random sites, a dict of `(k, batch, ...)`."""
+    """A guide at one x: `rsample`, `sample` and `log_prob` of its random sites, in a dict of `(k, batch, ...)`."""
 
     def __init__(
         self,
@@ -252,7 +252,7 @@ class GuidePosterior:
 
     @property
     def moving_support(self) -> bool:
-        """Whether the support of a random site moves with parameters, and not with other sites' samples alone."""
+        """Whether the support of a random site moves with parameters, and not only with other sites' samples."""
         return bool(self._moving)
 
     @cached_property
@@ -264,7 +264,7 @@ class GuidePosterior:
         return moving(self._record(1, preview=True, detach=True))
 
     def rsample(self, sample_shape: torch.Size) -> Sites:
-        """k samples, differentiable where the sites' distributions are: dict of `(k, batch, ...)`."""
+        """k samples, differentiable if the sites' distributions are: a dict of `(k, batch, ...)`."""
         (k,) = sample_shape
         if self._kept is None:
             trace = self._record(k)
@@ -286,21 +286,21 @@ class GuidePosterior:
         return total
 
     def named_by_sites(self, what: str) -> str:
-        """The guide by its sites that are `what`, for messages."""
+        """The guide with its sites that are `what`, for messages."""
         names = self._moving if what == "moving_support" else getattr(self._kinds, what)
         return f"the guide of site(s) {', '.join(names)}"
 
     def note(self, run: Recorder) -> None:
-        """Remember the subsamples that an execution has drawn: the samples belong to them."""
+        """Remember the subsamples that an execution has drawn, because the samples belong to them."""
         self._drawn |= run.subsampled
 
     @property
     def drawn_data(self) -> dict[str, Any] | None:
-        """The indices of the subsamples that its samples belong to, None where plates are whole."""
+        """The indices of the subsamples that its samples belong to; None if plates are whole."""
         return {name: self.subsamples[name] for name in self._drawn} or None
 
     def same_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether these are the very arguments that the guide was called with."""
+        """Whether these are the same objects that the guide was called with."""
         theirs: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         ours: dict[Any, Any] = {**dict(enumerate(self.args)), **self.kwargs}
         return ours.keys() == theirs.keys() and all(value is theirs[name] for name, value in ours.items())

@@ -1,4 +1,4 @@
-"""The conformance kit: what an objective, an estimator or a model must hold, checked and explained.
+"""The conformance kit: checks that an objective, an estimator or a model keeps its promises, and explains failures.
 
     from mcobjectives.testing import check_objective
 

@@ -31,18 +31,18 @@ def own_names(group: str) -> list[str]:
 def check_estimator(estimator: str | Estimator, *, unbiased: bool = True) -> list[Finding]:
     """Check a gradient estimator on each of the library's objectives that it does not refuse.
 
-    Its weights must be `(k, batch)`, the same in both dtypes, and finite at extreme log-weights, -inf among them, for
-    one sample (which it may refuse) and several; its expected gradient is set against exact ones. One finding an
-    objective, one for a `kl_weight` other than one, and one for eight samples.
+    Its weights must be `(k, batch)`, the same in both dtypes, and finite at extreme log-weights, including -inf. This
+    is checked for one sample (which the estimator may refuse) and for several. The expected gradient is compared with
+    exact ones. There is one finding per objective, one for a `kl_weight` other than one, and one for eight samples.
 
     Args:
-        estimator: a function (objective, log_weights) -> (a, c, s), or the name that one is registered under.
-        unbiased: False for an estimator whose phi gradient (the inference network's) is not the objective's: then only
-            theta's is required, and a phi gradient that is right for every objective is reported.
+        estimator: a function (objective, log_weights) -> (a, c, s), or the name it is registered under.
+        unbiased: False if the estimator's phi gradient (that of the inference network) is not the objective's. Then
+            only the theta gradient must be right, and a phi gradient that is right for every objective is reported.
 
     Raises:
-        ConformanceError: naming each objective, the numbers, and the usual cause.
-        PluginError: for a name that is not an installed estimator's.
+        ConformanceError: names each objective, the numbers, and the usual cause.
+        PluginError: if the name is not that of an installed estimator.
 
     Example:
         >>> all(finding.passed is not False for finding in check_estimator("dreg"))

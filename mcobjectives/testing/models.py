@@ -21,26 +21,32 @@ from mcobjectives.testing.report import Finding, find, quietly, verdict
 
 
 def check_model(model: Any, x: Any, *, k: int = 4, seed: int = 0, exempt: Set[str] = frozenset()) -> list[Finding]:
-    """Check what a model promises, on a batch x of its data; returns the findings, or raises `ConformanceError`.
+    """Check what a model promises, on a batch x of its data. Returns the findings, or raises `ConformanceError`.
 
-    Shapes, finite densities, samples against log q (score identity, normalisation, gradients along the samples against
-    those by the score: Monte Carlo with fixed seeds, judged at six standard errors), the gradient of log p against
-    finite differences, gradients to every parameter, those of `attach` if the posterior has it, no leak between data
-    points or samples, k and batch of one, the same numbers for the same seed. What cannot be told of a model has
-    `passed` None and says why. It works on a copy: the model and the generator stay as they are.
+    It checks:
+
+    - shapes, finite densities, and that `log_joint` agrees with `log_likelihood` and `log_prior`;
+    - samples against log q: score identity, normalisation, and gradients along the samples against those by the score.
+      These are Monte Carlo tests with fixed seeds, judged at six standard errors;
+    - the gradient of log p against finite differences, gradients to every parameter, and those of `attach` if the
+      posterior has it;
+    - no leak between data points or samples, k and batch of one, and the same numbers for the same seed.
+
+    A property that cannot be checked has `passed` None and says why. The checks run on a copy: the model and the
+    generator stay as they are.
 
     Args:
         model: anything with `posterior(x)` and `log_joint(x, h)`, or `log_likelihood` and `log_prior`.
         x: a batch of at least two data points: a tensor, or tuples, lists, dicts of tensors, batch first.
         k: samples for each data point.
-        seed: of every random number.
-        exempt: properties that the model is known not to keep, by the names that the findings have.
+        seed: the seed of every random number.
+        exempt: properties that you know the model does not keep, by the names in the findings.
 
     Raises:
-        TypeError: for a class in place of a model.
-        ValueError: for a batch without data points, a k below one, an exempt property that there is none of, and lazy
-            layers that have not been run.
-        ConformanceError: naming each broken property, the numbers, and the usual cause.
+        TypeError: if `model` is a class instead of an instance.
+        ValueError: if the batch has no data points, k is below one, `exempt` has an unknown property, or lazy layers
+            have not been run.
+        ConformanceError: names each broken property, the numbers, and the usual cause.
 
     Example:
         >>> import torch

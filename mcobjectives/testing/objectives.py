@@ -16,17 +16,17 @@ from mcobjectives.testing.sizes import first_possible
 
 
 def check_objective(objective: Objective) -> list[Finding]:
-    """Check all that an objective promises; returns the findings, or raises `ConformanceError` with every failure.
+    """Check all that an objective promises. Returns the findings, or raises `ConformanceError` with every failure.
 
-    What an objective does not promise it declares as a class attribute, `exempt = frozenset({"monotone"})`; a property
-    that is declared and yet holds is reported. `smooth = False` declares slopes that jump. The gradient estimators that
-    come with the library are checked at small k against quadrature or enumeration, where the objective allows them.
+    If an objective does not have a property, it declares so as a class attribute, `exempt = frozenset({"monotone"})`. A
+    declared property that holds is reported too. `smooth = False` declares slopes that jump. The library's gradient
+    estimators are checked at small k against quadrature or enumeration, if the objective allows them.
 
     Args:
-        objective: an instance; its `k` (a few samples, 8 say) is the size at which `reduce` is checked.
+        objective: an instance; `reduce` is checked at its `k` (use a few samples, such as 8).
 
     Raises:
-        ConformanceError: naming each broken property, the numbers, and the usual cause.
+        ConformanceError: names each broken property, the numbers, and the usual cause.
 
     Example:
         >>> from mcobjectives import IWAE

@@ -19,7 +19,7 @@ from mcobjectives.testing.report import Broken, Unchecked
 from mcobjectives.testing.sizes import first_possible, plainly, resized
 
 EXEMPTABLE = frozenset({"shift", "permutation", "one_sample", "bounds", "monotone"})
-"""The properties that an objective may do without, if it says so: `exempt = frozenset({"permutation"})`."""
+"""The properties that an objective may lack if it declares so: `exempt = frozenset({"permutation"})`."""
 
 _STEPS = 512
 """Of each walk on which a jump is looked for: with so many even one of 1e-4 is found."""

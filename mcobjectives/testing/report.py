@@ -13,7 +13,7 @@ from mcobjectives.model import ModelError
 
 
 class Finding(NamedTuple):
-    """The verdict on one property: `passed` is None where it was not checked, and `message` says why."""
+    """The verdict on one property: `passed` is None if it was not checked, and `message` says why."""
 
     property: str
     passed: bool | None
@@ -21,7 +21,7 @@ class Finding(NamedTuple):
 
 
 class ConformanceError(AssertionError):
-    """An objective, estimator or model breaks its promises: each property with its numbers and the usual cause."""
+    """An objective, estimator or model breaks its promises; lists each property, its numbers and the usual cause."""
 
     def __init__(self, subject: Any, findings: Iterable[Finding]) -> None:
         self.findings = tuple(findings)
