@@ -15,7 +15,15 @@ from torch import Tensor
 from mcobjectives.arguments import require_count, require_number
 from mcobjectives.estimators import Weights
 from mcobjectives.objective import Objective
-from mcobjectives.reductions import log_mean_exp, log_median, log_power_mean, logsumexp_of_others, mean_of_others
+from mcobjectives.reductions import (
+    log_mean_exp,
+    log_median,
+    log_power_mean,
+    logsumexp_of_others,
+    mean_of_others,
+    median_with,
+    sum_of_others,
+)
 
 
 class _Mean(Objective):
@@ -31,6 +39,9 @@ class _Mean(Objective):
 
     def curvatures(self, log_w: Tensor) -> Tensor:
         return torch.zeros_like(log_w)
+
+    def leave_one_out(self, log_w: Tensor) -> Tensor:
+        return mean_of_others(log_w)
 
 
 @dataclass(frozen=True)
@@ -165,6 +176,9 @@ class Median(Objective):
     def reduce(self, log_w: Tensor) -> Tensor:
         return log_median(log_w)
 
+    def leave_one_out(self, log_w: Tensor) -> Tensor:
+        return median_with(log_w, mean_of_others(log_w))
+
 
 @dataclass(frozen=True)
 class LAlpha(_Mean):
@@ -230,6 +244,10 @@ class CIWAE(Objective):
         w = log_w.softmax(0)
         return (1 - self.beta) * w * (1 - w)
 
+    def leave_one_out(self, log_w: Tensor) -> Tensor:
+        of_iwae = _power_leave_one_out(log_w, 1.0)
+        return of_iwae if self.beta == 0 else self.beta * mean_of_others(log_w) + (1 - self.beta) * of_iwae
+
     def __post_init__(self) -> None:
         require_number("beta", self.beta, lambda beta: 0 <= beta <= 1, "a number in [0, 1]")
         super().__post_init__()
@@ -276,6 +294,13 @@ class MIWAE(Objective):
     def curvatures(self, log_w: Tensor) -> Tensor:
         w = self._grouped(log_w).softmax(1)
         return (w * (1 - w) / self.k2).reshape(log_w.shape)
+
+    def leave_one_out(self, log_w: Tensor) -> Tensor:
+        others = self._grouped(mean_of_others(log_w))  # of all samples, not of the group's alone
+        in_group = logsumexp_of_others(self._grouped(log_w).transpose(0, 1)).transpose(0, 1)
+        replaced = torch.logaddexp(in_group, others) - math.log(self.k1)
+        of_other_groups = sum_of_others(log_mean_exp(self._grouped(log_w), dim=1)).unsqueeze(1)
+        return ((replaced + of_other_groups) / self.k2).reshape(log_w.shape)
 
     def __post_init__(self) -> None:
         for name in ("k1", "k2"):

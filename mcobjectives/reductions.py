@@ -43,9 +43,33 @@ def effective_sample_size(log_w: Tensor) -> Tensor:
     return 1 / log_w.softmax(0).square().sum(0)
 
 
+def median_with(log_w: Tensor, value: Tensor) -> Tensor:
+    """For each i, the median with log_w_i replaced by value_i: `(k, batch) -> (k, batch)`, by one sort for all i.
+
+    With v among n ordered numbers o, the j-th smallest of the n + 1 is v clamped between o_{j-1} and o_j.
+    """
+    k = log_w.shape[0]
+    ordered, order = log_w.sort(0)
+    rank = order.argsort(0)
+    ends = [torch.full_like(log_w[:1], end) for end in (-math.inf, math.inf)]
+    padded = torch.cat([ends[0], ordered, ends[1]])
+
+    def of_others(j: int) -> Tensor:
+        """The j-th smallest of the others, counted from 1; -inf and inf beyond their ends."""
+        return torch.where(j <= rank, padded[j], padded[j + 1])
+
+    middle = [torch.clamp(value, of_others(j), of_others(j + 1)) for j in ((k - 1) // 2, k // 2)]
+    return (middle[0] + middle[1]) / 2
+
+
 def mean_of_others(log_w: Tensor) -> Tensor:
     """For each i, the mean of the log-weights j != i: `(k, batch) -> (k, batch)`."""
-    return _without_each(log_w, torch.cumsum, torch.add, 0.0) / (log_w.shape[0] - 1)
+    return sum_of_others(log_w) / (log_w.shape[0] - 1)
+
+
+def sum_of_others(values: Tensor) -> Tensor:
+    """For each i, the sum of the values j != i: `(k, batch) -> (k, batch)`."""
+    return _without_each(values, torch.cumsum, torch.add, 0.0)
 
 
 def logsumexp_of_others(log_w: Tensor) -> Tensor:

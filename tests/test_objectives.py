@@ -25,7 +25,7 @@ from toys import (
     registered,
 )
 
-from mcobjectives import CIWAE, IWAE, MIWAE, VAE, LAlpha, Power, Split, derivatives, objective_names
+from mcobjectives import CIWAE, IWAE, MIWAE, VAE, LAlpha, Median, Power, Split, derivatives, objective_names
 
 log_weights = st.lists(st.floats(-30, 30), min_size=K, max_size=K).map(
     lambda v: torch.tensor(v, dtype=F64).unsqueeze(1)
@@ -147,6 +147,19 @@ def test_closed_forms_of_power_hold_for_powers_of_every_size(p):
         (power.leave_one_out, derivatives.leave_one_out),
     ):
         torch.testing.assert_close(closed(LOG_WEIGHTS), general(power.reduce, LOG_WEIGHTS), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 5, 6, 12])
+def test_leave_one_out_in_closed_form_knows_ties_and_zero_weights(k):
+    generator = torch.Generator().manual_seed(k)
+    log_w = 20 * torch.randn(k, 6, generator=generator, dtype=F64)
+    log_w[:, 1], log_w[: k // 2, 2], log_w[0, 3], log_w[:2, 4] = 1.0, log_w[0, 2], -torch.inf, -torch.inf
+    groups = [MIWAE(k1=k, k2=1), MIWAE(k1=1, k2=k), *([MIWAE(k1=2, k2=k // 2)] if k % 2 == 0 else [])]
+    for objective in (VAE(k=k), Median(k=k), *(CIWAE(k=k, beta=beta) for beta in (0.0, 0.3, 1.0)), *groups):
+        found, expected = objective.leave_one_out(log_w), derivatives.leave_one_out(objective.reduce, log_w)
+        known = expected.isfinite()
+        torch.testing.assert_close(found[known], expected[known], rtol=0, atol=1e-11)
+        assert not found[~known].isfinite().any()
 
 
 # How the objectives relate.
