@@ -169,8 +169,9 @@ def test_stl_on_iwae_is_biased_in_phi_and_right_in_theta():
 
 def test_stl_warns_of_its_bias_once(monkeypatch):
     monkeypatch.setattr(estimators, "_warned", set())
-    with pytest.warns(UserWarning, match=r"biased for IWAE.*use gradient='dreg'"):
+    with pytest.warns(UserWarning, match=r"biased for IWAE.*use gradient='dreg'") as given:
         IWAE(k=5, gradient="stl")
+    assert given[0].filename == __file__  # of the caller, not of the library
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         IWAE(k=5, gradient="stl"), IWAE(k=7, gradient="stl"), IWAE(k=1, gradient="stl"), VAE(k=5, gradient="stl")
