@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
 
 from mcobjectives.context import may_synchronise
-from mcobjectives.model import Density, Latent, ModelError, called, has_methods
+from mcobjectives.model import Density, Latent, ModelError, density, has_methods
 
 
 def expected_log_ratio(model: Any, posterior: Any) -> Density:
@@ -59,7 +59,7 @@ def _require_agreement(model: Any, prior: Distribution, h: Latent) -> None:
     if not (has_methods(model, "log_prior") and isinstance(h, Tensor) and may_synchronise(h)):
         return
     with torch.no_grad():
-        given, expected = called(model, "log_prior", h=h), prior.log_prob(h)
+        given, expected = density(model, "log_prior", h=h), prior.log_prob(h)
     if not _alike(given, expected):
         raise ModelError(
             "analytic_kl=True takes model.prior for p(h), but model.log_prior(h) is another density than "
@@ -74,7 +74,7 @@ def _standard_normal(model: Any, h: Latent) -> Distribution:
     standard: Distribution = Normal(torch.zeros_like(h[0]), torch.ones_like(h[0]))
     if h.ndim > 2:  # torch knows no divergence from a Normal to an Independent of no dimensions
         standard = Independent(standard, h.ndim - 2)
-    given, expected = called(model, "log_prior", h=h.detach()), standard.log_prob(h.detach())
+    given, expected = density(model, "log_prior", h=h.detach()), standard.log_prob(h.detach())
     if given.requires_grad:
         raise ModelError(
             "analytic_kl=True: log_prior has parameters, which would get no gradient: give the model a `prior` (a "

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from mcobjectives.analytic import expected_log_ratio
 from mcobjectives.context import cast_anew, generators_at, may_synchronise, refuse_transforms, rng_state, same_state
 from mcobjectives.derivatives import reduced
-from mcobjectives.estimators import Weights, warn_once
-from mcobjectives.model import Density, Latent, ModelError, called, likelihood, log_joint, require, tensors
+from mcobjectives.estimators import Weights
+from mcobjectives.messages import warn_once
+from mcobjectives.model import Density, Latent, ModelError, called, density, likelihood, log_joint, require, tensors
 from mcobjectives.replay import replayed, require_unchanged
 from mcobjectives.resampling import select
 from mcobjectives.sampling import (
@@ -24,6 +25,7 @@ from mcobjectives.sampling import (
     detached,
     has_rsample,
     is_discrete,
+    knows_its_latest_alone,
     moving_support,
     named,
     without_inverse,
@@ -258,8 +260,10 @@ def open_batch(objective: Objective, model: Any, x: Any) -> BatchBound:
         pathwise=plan.path and torch.is_grad_enabled(),
         replay=objective.chunk_size is not None,
     )
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _require_function_of_h(objective, model, posterior)
     ratio = expected_log_ratio(model, posterior) if objective.analytic_kl else None
-    log_q = ratio or (lambda h: called(posterior, "log_prob", h=h))
+    log_q = ratio or (lambda h: density(posterior, "log_prob", h=h))
     return BatchBound(objective, plan, samples, log_p, log_q, upstream)
 
 
@@ -302,4 +306,14 @@ def _require_sound(objective: Objective, posterior: Any) -> None:
         raise ModelError(
             f"{culprit} takes log q(h | x) at given samples, for which {type(transform).__name__} of q has "
             f"no inverse: use {mend}"
+        )
+
+
+def _require_function_of_h(objective: Objective, model: Any, posterior: Any) -> None:
+    """Raise where log q is asked for at other samples than the latest, and known of these alone."""
+    at_latest = objective.plan.plain and objective.chunk_size is None and objective.backward_samples is None
+    if not at_latest and knows_its_latest_alone(model, posterior):
+        raise ModelError(
+            f"log_prob(h) of {type(posterior).__name__} gives the density of its latest samples, whatever h is: "
+            "compute it from h, or use gradient='reparam' without chunk_size and backward_samples"
         )

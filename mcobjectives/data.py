@@ -22,6 +22,8 @@ def rows_and_device(x: Any) -> tuple[int, torch.device]:
         mend = "of a loader evaluate each batch, and join them by Evaluation.concatenate"
         if any(isinstance(leaf, Tensor) for leaf in leaves):
             mend = "what all data points share belongs into the model"
+        if "ndarray" in strange:
+            mend += "; of an array use torch.from_numpy"
         raise ValueError(
             f"x must be a tensor, or a tuple, list or dict of tensors, with one row for each data point, got "
             f"{', '.join(sorted(strange))}: {mend}"

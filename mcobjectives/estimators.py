@@ -12,13 +12,13 @@ objective that it does not refuse with `ValueError`.
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from mcobjectives.messages import warn_once
 
 if TYPE_CHECKING:
     from mcobjectives.objective import Objective
@@ -124,18 +124,3 @@ def require_smooth(objective: Objective, estimator: str, *, twice: bool = True) 
             "cannot be differentiated again: write the backward of its autograd.Function in differentiable operations, "
             "override `curvatures`, or use gradient='reparam'"
         )
-
-
-_NOT_THE_CALLER = ("mcobjectives", "torch", "functools")
-_warned: set[str] = set()
-
-
-def warn_once(message: str) -> None:
-    """Warn of each message once, at the line that called the library."""
-    if message in _warned or torch.compiler.is_compiling():  # a traced graph has no place for it
-        return
-    _warned.add(message)
-    frame, level = sys._getframe(1), 2
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_CALLER:
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, UserWarning, stacklevel=level)

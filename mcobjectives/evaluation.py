@@ -23,7 +23,7 @@ from mcobjectives.activity import (
 from mcobjectives.arguments import require_count
 from mcobjectives.context import cast_anew
 from mcobjectives.data import batches, in_float64, rows_and_device
-from mcobjectives.model import Latent, ModelError, called, has_methods, joined, log_joint, log_weights, parts
+from mcobjectives.model import Latent, ModelError, called, density, has_methods, joined, log_joint, log_weights, parts
 from mcobjectives.pareto import pareto_khat, tail_length
 from mcobjectives.sampling import Samples
 
@@ -222,8 +222,8 @@ def _evaluate_batch(model: Any, x: Any, k: int, chunk_size: int) -> Evaluation:
         n = len(pytree.tree_leaves(h)[0])
         likelihood, prior = parts(model, x, h) if apart else (None, None)
         log_p = joint(h) if likelihood is None or prior is None else joined(likelihood, prior)
-        log_q = called(posterior, "log_prob", h=h) if log_q is None else log_q
-        running.add(log_weights(log_p, log_q, n), likelihood)
+        log_q = density(posterior, "log_prob", h=h) if log_q is None else log_q
+        running.add(log_weights(log_p, log_q, n, h), likelihood)
     cast_anew()
     return running.result(k)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mcobjectives.context import cast_anew, generators_at, may_synchronise, rng_state, same_state
+from mcobjectives.messages import warn_once
 
 _AGREED: dict[int, weakref.ref[Any]] = {}
 
@@ -119,6 +121,19 @@ def called(owner: Any, method: str, **given: Any) -> Any:
     return found
 
 
+def density(owner: Any, method: str, **given: Any) -> Tensor:
+    """owner.method(*given); raises where that is no tensor of floats."""
+    found = called(owner, method, **given)
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        what = found.dtype if isinstance(found, Tensor) else type(found).__name__
+        missing = " (is a `return` missing?)" if found is None else ""
+        raise ModelError(
+            f"{method}({', '.join(given)}) of {type(owner).__name__} must be a (k, batch) tensor of floats, got "
+            f"{what}{missing}"
+        )
+    return found
+
+
 def tensors(value: Any) -> list[Tensor]:
     """Those of a tensor, or a tuple, list or dict of tensors; whatever else x may be is not looked into."""
     if isinstance(value, Tensor):
@@ -146,7 +161,7 @@ def log_joint(model: Any, x: Any, kl_weight: float = 1.0) -> Density:
     """h -> log p(x, h), or log p(x | h) + kl_weight * log p(h) where the weight is not one."""
     require(model, "an objective", "posterior")
     if kl_weight == 1.0 and has_methods(model, "log_joint"):
-        return lambda h: called(model, "log_joint", x=x, h=h)
+        return lambda h: density(model, "log_joint", x=x, h=h)
     require(model, "a tempered objective" if kl_weight != 1.0 else "an objective", "log_likelihood", "log_prior")
 
     def joint(h: Latent) -> Tensor:
@@ -161,7 +176,7 @@ def parts(model: Any, x: Any, h: Latent) -> tuple[Tensor, Tensor]:
     """
     look = has_methods(model, "log_joint") and id(model) not in _AGREED
     before = rng_state() if look and all(map(may_synchronise, pytree.tree_leaves(h))) else None
-    likelihood, prior = called(model, "log_likelihood", x=x, h=h), called(model, "log_prior", h=h)
+    likelihood, prior = density(model, "log_likelihood", x=x, h=h), density(model, "log_prior", h=h)
     if before is not None and same_state(before, rng_state()):
         _require_agreement(model, x, h, likelihood, prior)
     return likelihood, prior
@@ -170,7 +185,7 @@ def parts(model: Any, x: Any, h: Latent) -> tuple[Tensor, Tensor]:
 def likelihood(model: Any, x: Any, h: Latent) -> Tensor:
     """log p(x | h), where log p(h) is taken elsewhere; raises as `parts` does."""
     if id(model) in _AGREED or not has_methods(model, "log_joint", "log_prior"):
-        return called(model, "log_likelihood", x=x, h=h)
+        return density(model, "log_likelihood", x=x, h=h)
     return parts(model, x, h)[0]
 
 
@@ -194,21 +209,30 @@ def _require_agreement(model: Any, x: Any, h: Latent, likelihood: Tensor, prior:
 
 
 def _quietly(model: Any, x: Any, h: Latent) -> Tensor | None:
-    """log_joint(x, h), leaving no trace in buffers and random numbers; None where it is random or not to be called."""
-    buffers = list(model.buffers()) if isinstance(model, torch.nn.Module) else []
-    kept = [buffer.clone() for buffer in buffers]
-    with generators_at(), torch.no_grad():
+    """log_joint(x, h), without a trace; None where it is random or not to be called."""
+    with without_trace(model):
         before = rng_state()
         try:
             joint = model.log_joint(x, h)
         except Exception:  # of a base class, say, for other arguments
             joint = None
         random = not same_state(before, rng_state())
+    return joint if isinstance(joint, Tensor) and not random else None
+
+
+@contextmanager
+def without_trace(model: Any) -> Iterator[None]:
+    """Inside, no graph is built; afterwards the model's buffers and torch's random numbers are as they were."""
+    buffers = list(model.buffers()) if isinstance(model, torch.nn.Module) else []
+    kept = [buffer.clone() for buffer in buffers]
+    try:
+        with generators_at(), torch.no_grad():
+            yield
+    finally:
         for buffer, value in zip(buffers, kept, strict=True):
             if not torch.equal(buffer, value):
                 buffer.data.copy_(value)  # unseen by a graph that holds it, as batch normalisation's own changes are
-    cast_anew()
-    return joint if isinstance(joint, Tensor) and not random else None
+        cast_anew()
 
 
 def joined(likelihood: Tensor, prior: Tensor, kl_weight: float = 1.0) -> Tensor:
@@ -229,13 +253,16 @@ def at_least_float32(log_p: Tensor) -> Tensor:
     return log_p.float() if log_p.dtype in (torch.bfloat16, torch.float16) else log_p
 
 
-def log_weights(log_p: Tensor, log_q: Tensor, expected_k: int) -> Tensor:
-    """log p - log q, once both are known to be `(k, batch)`, on one device, and free of NaN and +inf."""
+def log_weights(log_p: Tensor, log_q: Tensor, expected_k: int, h: Latent) -> Tensor:
+    """log p - log q at h, once both are known to be `(k, batch)`, on one device, and free of NaN and +inf."""
     for name, value in (("log p(x, h)", log_p), ("log q(h | x)", log_q)):
         if value.ndim != 2:
             mend = "sum over the event dimensions (torch.distributions.Independent does)"
             if value.ndim < 2:
-                mend = "give x a batch axis, and do not sum over it"
+                mend = (
+                    "give x a batch axis, and do not sum over it; if all data points share h, its posterior's batch "
+                    "has size one, and both are (k, 1)"
+                )
             raise ModelError(
                 f"{name} has shape {tuple(value.shape)}, expected (k, batch) with k = {expected_k}: {mend}"
             )
@@ -250,10 +277,24 @@ def log_weights(log_p: Tensor, log_q: Tensor, expected_k: int) -> Tensor:
         )
     if log_p.shape[1] == 0:
         raise ModelError("the batch is empty: log-weights of shape (k, 0)")
+    _warn_of_shared_rows(h, log_p.shape[1])
     log_w = at_least_float32(log_p) - at_least_float32(log_q)
     if may_synchronise(log_w) and not bool((log_w < torch.inf).all()):
         raise ValueError(_describe_bad(log_p, log_q))
     return log_w
+
+
+def _warn_of_shared_rows(h: Latent, batch: int) -> None:
+    """Where one part of h has a row for each data point and another one for all of them, which broadcasts."""
+    if isinstance(h, Tensor) or batch == 1:
+        return
+    leaves = pytree.tree_leaves(h)
+    if {part.shape[1:2] for part in leaves} == {(1,), (batch,)}:
+        shapes = ", ".join(str(tuple(part.shape)) for part in leaves)
+        warn_once(
+            f"the parts of h have shapes {shapes} for {batch} data points: log p and log q of a part that they share "
+            "count once for each of them; for one latent of the whole data set sum both over it, to (k, 1)"
+        )
 
 
 def _describe_bad(log_p: Tensor, log_q: Tensor) -> str:

@@ -100,19 +100,18 @@ def terms(
     if plan.path:
         check_differentiable(h, q)
     if plan.plain:
-        log_w = log_weights(log_p(h), tempered(q), k)
+        log_w = log_weights(log_p(h), tempered(q), k, h)
         return Terms(log_w, log_w, None, None)
 
-    s_term = -q if plan.score else None
     if plan.path and plan.ratio:
         scaled = scale(h, ratio)
         p = log_p(scaled)
-        return Terms(
-            log_weights(p.detach(), tempered(q.detach()), k), p - tempered(stopped(log_q, scaled, q)), None, s_term
-        )
-    p = log_p(fixed)
-    path = stopped(log_p, h, p) - tempered(stopped(log_q, h, q)) if plan.path else None
-    return Terms(log_weights(p.detach(), tempered(q.detach()), k), p, path, s_term)
+        a_term, c_term = p - tempered(stopped(log_q, scaled, q)), None
+    else:
+        a_term = p = log_p(fixed)
+        c_term = stopped(log_p, h, p) - tempered(stopped(log_q, h, q)) if plan.path else None
+    log_w = log_weights(p.detach(), tempered(q.detach()), k, h)
+    return Terms(log_w, a_term, c_term, -q if plan.score else None)
 
 
 def scale(h: Latent, ratio: Ratio) -> Latent:

@@ -25,7 +25,20 @@ from toys import (
     registered,
 )
 
-from mcobjectives import CIWAE, IWAE, MIWAE, VAE, LAlpha, Median, Objective, Power, Split, estimator_names, estimators
+from mcobjectives import (
+    CIWAE,
+    IWAE,
+    MIWAE,
+    VAE,
+    LAlpha,
+    Median,
+    Objective,
+    Power,
+    Split,
+    estimator_names,
+    estimators,
+    messages,
+)
 from mcobjectives.estimators import Weights
 from mcobjectives.plugins import PluginError
 from mcobjectives.reductions import log_power_mean
@@ -168,7 +181,7 @@ def test_stl_on_iwae_is_biased_in_phi_and_right_in_theta():
 
 
 def test_stl_warns_of_its_bias_once(monkeypatch):
-    monkeypatch.setattr(estimators, "_warned", set())
+    monkeypatch.setattr(messages, "warned", set())
     with pytest.warns(UserWarning, match=r"biased for IWAE.*use gradient='dreg'") as given:
         IWAE(k=5, gradient="stl")
     assert given[0].filename == __file__  # of the caller, not of the library

@@ -510,7 +510,7 @@ def test_straight_through_samples_are_warned_of(monkeypatch):
             logits = torch.stack([self.loc + x, -x], -1)
             return OneHotCategoricalStraightThrough(logits=logits)
 
-    monkeypatch.setattr("mcobjectives.estimators._warned", set())
+    monkeypatch.setattr("mcobjectives.messages.warned", set())
     model = Straight(log_joint=lambda x, h: h[..., 0] * x)
     with pytest.warns(UserWarning, match="straight through its samples is biased: use gradient='vimco'"):
         IWAE(k=3, gradient="dreg")(model, X)
@@ -639,7 +639,7 @@ class Half(Toy):
 
 @pytest.mark.parametrize("options", [{}, {"chunk_size": 5}, {"backward_samples": 4}, {"gradient": "dreg"}])
 def test_an_edge_of_p_inside_q_is_warned_of_where_a_gradient_does_not_see_it(monkeypatch, options):
-    monkeypatch.setattr("mcobjectives.estimators._warned", set())
+    monkeypatch.setattr("mcobjectives.messages.warned", set())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for gradient in ("vimco", "score"):

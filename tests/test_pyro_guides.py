@@ -306,7 +306,7 @@ def test_straight_through_sites_are_warned_of(monkeypatch):
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.OneHotCategoricalStraightThrough(logits=logits))
 
-    monkeypatch.setattr("mcobjectives.estimators._warned", set())
+    monkeypatch.setattr("mcobjectives.messages.warned", set())
     with pytest.warns(UserWarning, match=r"h of the guide of site\(s\) z is discrete, and a gradient straight through"):
         IWAE(k=3)(PyroModel(model, guide), torch.tensor([0.0, 3.0]))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conformance import broken
 
-from mcobjectives import IWAE, PluginError, Power, Weights, estimators, plugins
+from mcobjectives import IWAE, PluginError, Power, Weights, messages, plugins
 from mcobjectives.estimators import reparam, require_smooth, score
 from mcobjectives.testing import ConformanceError, check_estimator, check_objective
 from mcobjectives.testing.estimators import own_names
@@ -380,7 +380,7 @@ def test_random_numbers_come_from_a_seed_and_are_given_back():
 
 
 def test_warnings_are_kept_inside_and_still_to_come(monkeypatch):
-    monkeypatch.setattr(estimators, "_warned", set())
+    monkeypatch.setattr(messages, "warned", set())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_estimator("stl", unbiased=False)

@@ -23,8 +23,8 @@ from mcobjectives import (
     Power,
     Split,
     Weights,
-    estimators,
     get_objective,
+    messages,
     plugins,
 )
 from mcobjectives.derivatives import leave_one_out
@@ -741,7 +741,7 @@ def test_an_error_is_quoted_on_one_line_without_a_guess_at_its_cause():
 
 
 def test_the_check_keeps_warnings_to_itself(monkeypatch):
-    monkeypatch.setattr(estimators, "_warned", set())
+    monkeypatch.setattr(messages, "warned", set())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_objective(IWAE(k=8))

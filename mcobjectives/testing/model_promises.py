@@ -220,7 +220,7 @@ def sizes(s: Subject) -> None:
         posterior = s.model.posterior(x)
         with torch.no_grad():
             h = draw(posterior, k)
-            found = log_weights(density_of(s.model, x)(h), posterior.log_prob(h), k).shape[1:]
+            found = log_weights(density_of(s.model, x)(h), posterior.log_prob(h), k, h).shape[1:]
         if found != (expected,):
             raise Broken(f"k = {k} and a batch of {expected} give a bound of shape {tuple(found)}")
     h = draw(s.model.posterior(s.x), s.k)

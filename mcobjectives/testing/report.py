@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from mcobjectives import estimators
+from mcobjectives import messages
 from mcobjectives.messages import one_line
 from mcobjectives.model import ModelError
 
@@ -68,11 +68,11 @@ def verdict(subject: Any, findings: list[Finding]) -> list[Finding]:
 @contextmanager
 def quietly() -> Iterator[None]:
     """Without warnings, even where they are errors; those that are given once are still to come afterwards."""
-    given = set(estimators._warned)
+    given = set(messages.warned)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        estimators._warned.clear()
-        estimators._warned.update(given)
+        messages.warned.clear()
+        messages.warned.update(given)

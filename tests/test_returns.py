@@ -1,0 +1,176 @@
+"""What a model returns is looked at: densities that are none, parts of h that broadcast, a log q of other samples."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Independent, Normal
+from toys import F64, Toy
+
+from mcobjectives import IWAE, VAE, ModelError, messages
+from mcobjectives.evaluation import evaluate
+
+X = torch.tensor([0.9, -0.4, 2.0, 0.1], dtype=F64)
+MEANS = {"reparam": {}, "dreg": {"gradient": "dreg"}, "vimco": {"gradient": "vimco"}, "chunks": {"chunk_size": 2}}
+
+
+@pytest.mark.parametrize("options", MEANS.values(), ids=list(MEANS))
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (lambda h: None, r"got NoneType \(is a `return` missing\?\)"),
+        (lambda h: -1.0, "got float$"),
+        (lambda h: (-(h**2),), "got tuple$"),
+        (lambda h: (-(h**2)).detach().numpy(), "got ndarray$"),
+        (lambda h: (-(h**2)).long(), "got torch.int64$"),
+    ],
+)
+def test_a_density_that_is_no_tensor_of_floats_is_named(returned, said, options):
+    expected = r"^log_joint\(x, h\) of Toy must be a \(k, batch\) tensor of floats, " + said
+    model = Toy(log_joint=lambda x, h: returned(h))
+    for use in (IWAE(k=4, **options), IWAE(k=4, **options).bound):
+        with pytest.raises(ModelError, match=expected):
+            use(model, X)
+    with pytest.raises(ModelError, match=expected):
+        evaluate(model, X, k=4)
+
+    class Posterior(Normal):
+        def log_prob(self, h):
+            return returned(h)
+
+    model = Toy(posterior=lambda x: Posterior(x, torch.ones_like(x)), log_joint=lambda x, h: -(h**2))
+    with pytest.raises(
+        ModelError, match=expected.replace("x, h", "h").replace("joint", "prob").replace("Toy", "Post.*")
+    ):
+        IWAE(k=4, **options)(model, X)
+
+
+def test_what_encoders_return_is_not_a_posterior():
+    expected = r"^posterior\(x\) must be a distribution, such as Independent\(Normal\(mean, std\), 1\), got tuple$"
+    for gradient in ("reparam", "vimco"):
+        with pytest.raises(ModelError, match=expected):
+            IWAE(k=3, gradient=gradient)(Toy(posterior=lambda x: (x, x.exp())), X)
+
+
+def test_numpy_is_told_what_to_do():
+    for x in (X.numpy(), (X, np.zeros(4))):
+        with pytest.raises(ValueError, match=r"got ndarray: .*; of an array use torch.from_numpy$"):
+            evaluate(Toy(), x, k=3)
+
+
+def test_a_density_without_a_batch_is_told_of_latents_that_all_data_points_share():
+    loc = torch.zeros(3, requires_grad=True)
+    model = Toy(posterior=lambda x: Independent(Normal(loc, 1.0), 1), log_joint=lambda x, h: -(h**2).sum(-1))
+    with pytest.raises(ModelError, match=r"if all data points share h, its posterior's batch has size one, and both"):
+        IWAE(k=5)(model, X)
+
+
+class SharedAndOwn(nn.Module):
+    """g ~ N(0, 1) of all data points, z_n ~ N(0, 1), x_n ~ N(g + z_n, 1); summed over them as it should be, or not."""
+
+    def __init__(self, summed):
+        super().__init__()
+        self.g, self.z, self.summed = nn.Parameter(torch.tensor([0.3], dtype=F64)), nn.Parameter(0.2 * X), summed
+
+    def posterior(self, x):
+        own, shared, summed = Normal(self.z, 0.8), Normal(self.g, 0.5), self.summed
+
+        class Both:
+            def rsample(self, shape):
+                return {"g": shared.rsample(shape), "z": own.rsample(shape)}
+
+            def log_prob(self, h):
+                of_z = own.log_prob(h["z"])
+                return shared.log_prob(h["g"]) + (of_z.sum(-1, keepdim=True) if summed else of_z)
+
+        return Both()
+
+    def log_joint(self, x, h):
+        standard = Normal(torch.zeros((), dtype=F64), 1.0)
+        own = standard.log_prob(h["z"]) + Normal(h["g"] + h["z"], 1.0).log_prob(x)
+        return standard.log_prob(h["g"]) + (own.sum(-1, keepdim=True) if self.summed else own)
+
+
+def test_a_latent_of_all_data_points_beside_one_of_each_is_warned_of(monkeypatch):
+    every = (VAE(k=4), IWAE(k=4, gradient="dreg"), IWAE(k=4, chunk_size=2), IWAE(k=4).bound)
+    for use in (*every, lambda model, x: evaluate(model, x, k=4)):
+        monkeypatch.setattr(messages, "warned", set())
+        with pytest.warns(UserWarning, match=r"parts of h have shapes \(\d, 1\), \(\d, 4\) for 4 data points"):
+            use(SharedAndOwn(summed=False), X)
+
+
+def test_it_is_right_when_both_are_summed_over_the_data_points():
+    # The ELBO in closed form: -KL of each part, and E log N(x; g + z, 1).
+    model = SharedAndOwn(summed=True)
+    with torch.no_grad():
+        kl_g = torch.distributions.kl_divergence(Normal(model.g, 0.5), Normal(torch.zeros_like(model.g), 1.0)).sum()
+        kl_z = torch.distributions.kl_divergence(Normal(model.z, 0.8), Normal(torch.zeros_like(X), 1.0)).sum()
+        residual = (X - model.g - model.z) ** 2 + 0.5**2 + 0.8**2
+        exact = (-0.5 * residual - 0.5 * torch.log(torch.tensor(2 * torch.pi, dtype=F64))).sum() - kl_g - kl_z
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = VAE(k=200_000).bound(model, X)
+    assert found.shape == (1,) and abs(float(found - exact)) < 0.02
+
+
+class Flow:
+    """Keeps the density of its latest samples, as an inverse autoregressive flow without an inverse does."""
+
+    def __init__(self, mean):
+        self.base = Normal(mean, torch.ones_like(mean))
+
+    def rsample(self, shape):
+        h = self.base.rsample(shape)
+        self.log_q = self.base.log_prob(h)
+        return h
+
+    def log_prob(self, h):
+        return self.log_q
+
+
+class Flowing(nn.Module):
+    def __init__(self, posterior):
+        super().__init__()
+        self.slope, self.make = nn.Parameter(torch.tensor(0.4, dtype=F64)), posterior
+
+    def posterior(self, x):
+        return self.make(self.slope * x)
+
+    def log_joint(self, x, h):
+        return -(h**2) / 2 - (x - h) ** 2 / 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"gradient": "stl"}, {"gradient": "dreg"}, {"gradient": "score"}, {"gradient": "vimco"}, {"backward_samples": 2}],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:gradient='stl' is biased")
+def test_a_log_q_of_the_latest_samples_is_refused_where_it_is_asked_for_others(options):
+    with pytest.raises(ModelError, match=r"^log_prob\(h\) of Flow gives the density of its latest samples"):
+        IWAE(k=4, **options)(Flowing(Flow), X)
+    assert torch.isfinite(IWAE(k=4, **options).bound(Flowing(Flow), X)).all()
+
+    class Sound(Flow):
+        def log_prob(self, h):
+            return self.base.log_prob(h)
+
+    torch.manual_seed(0)
+    found = IWAE(k=4, **options)(Flowing(Sound), X)
+    torch.manual_seed(0)  # looking at it has used up no random numbers
+    assert IWAE(k=4, **options)(Flowing(lambda mean: Normal(mean, torch.ones_like(mean))), X) == found
+
+
+def test_it_will_do_where_only_the_latest_samples_are_asked_for():
+    gradients = []
+    for posterior in (Flow, lambda mean: Normal(mean, torch.ones_like(mean))):
+        torch.manual_seed(0)
+        model = Flowing(posterior)
+        IWAE(k=4)(model, X).backward()
+        gradients.append(model.slope.grad)
+    torch.testing.assert_close(*gradients)
