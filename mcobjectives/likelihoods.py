@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from mcobjectives.context import is_transformed
+from mcobjectives.context import is_transformed, may_synchronise
 from mcobjectives.model import at_least_float32
 
 _BLOCK = 160_000
@@ -27,6 +27,9 @@ def bernoulli_log_likelihood(logits: Tensor, x: Tensor) -> Tensor:
     multiplied in groups, and each group needs one logarithm. The products are stored minus one, so small terms keep
     their digits. Under `torch.compile`, all of it is fused into one pass over the logits.
 
+    Raises:
+        ValueError: if x leaves [0, 1], or the last dimensions do not agree.
+
     Example:
         >>> import torch
         >>> bernoulli_log_likelihood(torch.zeros(3, 2, 4), torch.ones(2, 4)).shape
@@ -34,6 +37,7 @@ def bernoulli_log_likelihood(logits: Tensor, x: Tensor) -> Tensor:
     """
     if logits.shape[-1] != x.shape[-1]:
         raise ValueError(f"logits have {logits.shape[-1]} pixels and x {x.shape[-1]}: the last dimensions must agree")
+    _require_unit_interval(x)
     x = x.to(logits.dtype) if x.dtype == torch.bool else x
     shape = torch.broadcast_shapes(logits.shape, x.shape)
     return _Bernoulli.apply(logits if logits.shape == shape else logits.expand(shape), x)
@@ -54,7 +58,7 @@ def discretised_logistic_log_likelihood(mean: Tensor, log_scale: Tensor, x: Tens
     difference of nearly equal numbers, so probabilities near zero and near one keep their digits.
 
     Raises:
-        ValueError: if there are fewer than two levels, or the last dimensions do not agree.
+        ValueError: if there are fewer than two levels, x leaves [0, 1], or the last dimensions do not agree.
 
     Example:
         >>> import torch
@@ -68,6 +72,7 @@ def discretised_logistic_log_likelihood(mean: Tensor, log_scale: Tensor, x: Tens
     if not mean.shape[-1] == log_scale.shape[-1] == x.shape[-1]:
         sizes = ", ".join(str(t.shape[-1]) for t in (mean, log_scale, x))
         raise ValueError(f"mean, log_scale and x must agree in the last dimension, got {sizes}")
+    _require_unit_interval(x)
     mean, log_scale = at_least_float32(mean), at_least_float32(log_scale)
     width = 1 / (levels - 1)
     level = (x.to(mean.dtype) * (levels - 1)).round()
@@ -82,6 +87,17 @@ def discretised_logistic_log_likelihood(mean: Tensor, log_scale: Tensor, x: Tens
     below, above = logsigmoid(upper), logsigmoid(-lower)
     log_p = torch.where(level <= 0, below, torch.where(level >= levels - 1, above, below + above + inside))
     return log_p.sum(-1)
+
+
+def _require_unit_interval(x: Tensor) -> None:
+    if x.dtype == torch.bool or not x.numel() or not may_synchronise(x):
+        return
+    low, high = x.detach().aminmax()
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"x must be in [0, 1], got values from {float(low):g} to {float(high):g}: divide bytes by 255, and leave "
+            "out a Normalize"
+        )
 
 
 class _Bernoulli(torch.autograd.Function):

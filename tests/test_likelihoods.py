@@ -266,3 +266,17 @@ def test_data_that_have_a_place_for_samples_are_not_cut():
     x = (torch.rand(4, 100, 784, generator=torch.Generator().manual_seed(1)) > 0.5).float()
     one_by_one = torch.stack([bernoulli_log_likelihood(*pair) for pair in zip(logits, x, strict=True)])
     torch.testing.assert_close(bernoulli_log_likelihood(logits, x), one_by_one)
+
+
+@pytest.mark.parametrize(
+    ("x", "found"),
+    [
+        (torch.tensor([[0, 255, 7]], dtype=torch.uint8), "from 0 to 255: divide bytes by 255"),
+        (torch.tensor([[-1.0, 1.0, 0.5]]), "from -1 to 1: .* leave out a Normalize"),
+    ],
+)
+def test_pixels_out_of_the_unit_interval_are_refused(x, found):
+    with pytest.raises(ValueError, match=rf"^x must be in \[0, 1\], got values {found}"):
+        bernoulli_log_likelihood(torch.zeros(5, 1, 3), x)
+    with pytest.raises(ValueError, match=rf"^x must be in \[0, 1\], got values {found}"):
+        discretised_logistic_log_likelihood(torch.zeros(5, 1, 3), torch.zeros(3), x)
