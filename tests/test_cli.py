@@ -103,6 +103,28 @@ def test_the_version(mcobj):
     assert mcobj("--version")[1].startswith("mcobjectives 0.")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nope"], "No such command 'nope': see mcobj --help"),
+        (["reproduce"], "Missing option '--table': see mcobj reproduce --help"),
+        (["evaluate", "missing.pt"], ".*'missing.pt' does not exist: see mcobj evaluate --help"),
+        (["train", "--layers", "x"], "Invalid value for '--layers': .*: see mcobj train --help"),
+        (["train", "--bogus"], "No such option: --bogus.*: see mcobj train --help"),
+        (["objectives", "extra"], "Got unexpected extra argument.*: see mcobj objectives --help"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_misused_command_is_told_in_one_line(mcobj, arguments, said):
+    status, out, err = mcobj(*arguments)
+    assert status == 2 and not out and re.fullmatch(f"mcobj: {said}\n", err)
+
+
+def test_without_a_command_it_shows_its_help(mcobj):
+    status, out, err = mcobj()
+    assert status == 2 and "Usage: mcobj" in out + err and "mcobj: " not in out + err
+
+
 # Looking.
 
 

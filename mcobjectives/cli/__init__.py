@@ -7,7 +7,7 @@ import signal
 import sys
 from io import TextIOWrapper
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -51,7 +51,7 @@ def _options(
 
 
 def main() -> None:
-    """Run `mcobj`; an expected failure is one line on stderr (MCOBJ_TRACEBACK=1 shows where it came from)."""
+    """Run `mcobj`; a failure is one line on stderr (MCOBJ_TRACEBACK=1 shows where an expected one came from)."""
     interrupted = False
 
     def on_interrupt(number: int, frame: FrameType | None) -> None:
@@ -64,8 +64,10 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):  # one that has no ± or é shows a ?
             stream.reconfigure(errors="replace")
     try:
-        app(prog_name="mcobj")
+        sys.exit(app(prog_name="mcobj", standalone_mode=False))
     except Exception as error:
+        if hasattr(error, "format_message"):  # of the parser, whose kind depends on typer's version
+            _misused(error)
         if interrupted:  # libraries turn a Ctrl-C while they are imported into errors of their own
             _end("interrupted", 130)
         expected = isinstance(error, ValueError | RuntimeError | OSError | ImportError | AssertionError)
@@ -74,6 +76,15 @@ def main() -> None:
         _end(str(error) if isinstance(error, AssertionError) else one_line(error), 1)
     except KeyboardInterrupt:
         _end("interrupted", 130)
+
+
+def _misused(error: Any) -> NoReturn:
+    message = error.format_message()
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(message, file=sys.stderr)  # the help, or nothing where typer has shown it already
+        sys.exit(error.exit_code)
+    where = error.ctx.command_path if error.ctx else "mcobj"
+    _end(f"{one_line(message).rstrip('.')}: see {where} --help", error.exit_code)
 
 
 def _end(message: str, status: int) -> NoReturn:
