@@ -64,7 +64,7 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):  # one that has no ± or é shows a ?
             stream.reconfigure(errors="replace")
     try:
-        sys.exit(app(prog_name="mcobj", standalone_mode=False))
+        sys.exit(app(prog_name="mcobj", standalone_mode=False) or 0)
     except Exception as error:
         if hasattr(error, "format_message"):  # of the parser, whose kind depends on typer's version
             _misused(error)
