@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
+from mcobjectives.arguments import require_choice
 from mcobjectives.evaluation import evaluate, layer_activity
 from mcobjectives.likelihoods import discretised_logistic_log_likelihood
 from mcobjectives.objective import Objective
@@ -102,8 +103,7 @@ class Images:
 
 def read(name: str, folder: Path | None, download: bool) -> Images:
     """The images of a data set, on their grid of levels."""
-    if name not in LEVELS:
-        raise ValueError(f"unknown data set {name!r}: choose from {', '.join(LEVELS)}")
+    require_choice("data set", name, LEVELS)
     if name in DATASETS:
         found = load(name, folder, download=download)
         images = Images(found.train, found.test, (1, *found.shape), LEVELS[name], found.record())

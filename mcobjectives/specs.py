@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import inspect
 import math
@@ -14,6 +13,7 @@ from dataclasses import MISSING, Field, is_dataclass
 from numbers import Integral, Real
 from typing import Any
 
+from mcobjectives.arguments import unknown
 from mcobjectives.messages import one_line
 from mcobjectives.objective import Objective, own_fields
 from mcobjectives.objectives import Split
@@ -134,9 +134,7 @@ def _names() -> list[str]:
 def _registered(spec: str, name: str) -> Any:
     names = _names()
     if name not in names:
-        close = difflib.get_close_matches(name.lower(), names, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise _error(spec, f"unknown objective {name!r}: {hint}choose from {', '.join(names)}")
+        raise _error(spec, unknown("objective", name, names))
     if name not in objective_names():
         return Split
     try:

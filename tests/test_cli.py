@@ -481,6 +481,8 @@ def refused(done, *parts):
         (["train", "--device", "tpu9"], "device 'tpu9' cannot be used"),
         (["train", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         (["train", "--engine", "fast"], "unknown engine 'fast'"),
+        (["train", "--engine", "compile"], "did you mean 'compiled'?"),
+        (["train", "--preset", "smoek"], "did you mean 'smoke'?"),
         (["train", "--precision", "half"], "unknown precision 'half'"),
         (["train", "--set", "lr=1"], "cannot set 'lr=1'"),
         (["train", "--precision", ""], "unknown precision ''"),

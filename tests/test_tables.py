@@ -178,9 +178,10 @@ def test_a_first_stage_of_other_settings_than_the_recorded_one_is_refused(digits
 
 @pytest.mark.parametrize("dataset", [None, "digits", "binarized_mnist"])
 def test_a_protocol_that_is_none_is_refused_whatever_the_data(dataset):
+    message = r"unknown binarisation 'epch': did you mean 'epoch'\? choose from fixed, once, epoch"
     for number in TABLES:
         for strict in (True, False):
-            with pytest.raises(DataError, match="unknown binarisation 'epch': choose from fixed, once, epoch"):
+            with pytest.raises(DataError, match=message):
                 binarisations(number, dataset, "epch", strict=strict)
     with pytest.raises(DataError, match="'fixed' needs pixels that are 0 or 1"):
         binarisations("2", None, "fixed", strict=False)

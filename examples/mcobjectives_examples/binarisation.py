@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from mcobjectives.arguments import require_choice
 from mcobjectives_examples.downloads import DataError
 
 MODES = ("fixed", "once", "epoch")
@@ -54,8 +55,7 @@ def _check_mode(pixels: torch.Tensor, mode: str) -> None:
 
 def require_mode(mode: str, binary: bool) -> None:
     """Raise `DataError` unless the protocol is one, and fits pixels that are binary already, or not."""
-    if mode not in MODES:
-        raise DataError(f"unknown binarisation {mode!r}: choose from {', '.join(MODES)}")
+    require_choice("binarisation", mode, MODES, DataError)
     if mode == "fixed" and not binary:
         raise DataError("binarisation 'fixed' needs pixels that are 0 or 1 already: use 'once' or 'epoch' for grey")
     if mode != "fixed" and binary:

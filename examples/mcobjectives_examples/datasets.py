@@ -5,13 +5,13 @@ What a run trained on is told by `Dataset.checksum` and `Dataset.source`, both m
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from mcobjectives.arguments import require_choice
 from mcobjectives_examples import downloads
 from mcobjectives_examples.downloads import DataError, MissingDataError
 from mcobjectives_examples.sources import DATASETS, NOT_BGS16S, Dataset, Source, SourceFile
@@ -106,11 +106,8 @@ def _status_of(source: Source, folder: Path, download: bool) -> Status:
 
 
 def _source(name: str) -> Source:
-    if name in DATASETS:
-        return DATASETS[name]
-    close = difflib.get_close_matches(str(name), DATASETS, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise DataError(f"unknown data set {name!r}: {hint}choose from {', '.join(DATASETS)}")
+    require_choice("data set", name, DATASETS, DataError)
+    return DATASETS[name]
 
 
 def _download(source: Source, missing: list[SourceFile], folder: Path) -> None:

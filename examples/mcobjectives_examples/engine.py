@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.adam import adam
 
+from mcobjectives.arguments import require_choice
 from mcobjectives.context import generators_at
 from mcobjectives.messages import first_line
 from mcobjectives.objective import Objective
@@ -38,9 +39,7 @@ class Engine:
 
 def require_engine(name: str) -> None:
     """Raise `ValueError` unless the name is "auto" or one of `ENGINES`."""
-    choices = ("auto", *ENGINES)
-    if name not in choices:
-        raise ValueError(f"unknown engine {name!r}: choose from {', '.join(choices)}")
+    require_choice("engine", name, ("auto", *ENGINES))
 
 
 def flat_adam(model: nn.Module, betas: tuple[float, float], eps: float, rate: float = 1e-3) -> torch.optim.Adam:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
+from mcobjectives.arguments import require_choice
 from mcobjectives.evaluation import posterior_means
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples.binarisation import test_set
@@ -50,8 +51,7 @@ FIGURES = {
 
 def figure(number: int) -> Figure:
     """The figure of that number; raises `ValueError` for one that is not drawn from models."""
-    if number not in FIGURES:
-        raise ValueError(f"unknown figure {number!r}: choose from {', '.join(map(str, FIGURES))}")
+    require_choice("figure", number, FIGURES)
     return FIGURES[number]
 
 

@@ -7,6 +7,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from mcobjectives.arguments import require_choice
+
 
 @cache
 def paper() -> dict[str, Any]:
@@ -17,6 +19,5 @@ def paper() -> dict[str, Any]:
 def table(number: int | str) -> dict[str, Any]:
     """One table: title, dataset, binarisation, note and rows; raises `ValueError` for an unknown number."""
     tables = paper()["tables"]
-    if str(number) not in tables:
-        raise ValueError(f"unknown table {number!r}: choose from {', '.join(tables)}")
+    require_choice("table", str(number), tables)
     return tables[str(number)]

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from mcobjectives.arguments import require_choice
+
 PRECISIONS = {
     "highest": "float32 products",
     "medium": "TF32 (GPU) or bfloat16 (CPU) inside float32 products, accumulated in float32",
@@ -17,8 +19,7 @@ PRECISIONS = {
 
 def require_precision(precision: str) -> None:
     """Raise `ValueError` unless it is one of `PRECISIONS`."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}: choose from {', '.join(PRECISIONS)}")
+    require_choice("precision", precision, PRECISIONS)
 
 
 def set_precision(precision: str) -> None:

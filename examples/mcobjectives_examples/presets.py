@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from mcobjectives.arguments import require_choice
 from mcobjectives_examples.datasets import default_binarisation
 from mcobjectives_examples.precision import require_precision
 
@@ -136,6 +137,5 @@ def configured(name: str, overrides: Sequence[str], precision: str | None = None
 
 def get_preset(name: str) -> Preset:
     """The preset of that name; raises `ValueError` with the choices."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}")
+    require_choice("preset", name, PRESETS)
     return PRESETS[name]
