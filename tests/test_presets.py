@@ -11,7 +11,7 @@ import pytest
 from runs import TINY
 
 from mcobjectives.specs import parse_objective
-from mcobjectives_examples.config import Config, canonical, capped, training_objective
+from mcobjectives_examples.config import Config, canonical, capped, name_of, training_objective, without_k
 from mcobjectives_examples.presets import PRESETS, configured, get_preset
 
 # Presets.
@@ -158,3 +158,17 @@ def test_equal_objectives_have_one_canonical_spec(spec, expected):
 def test_a_split_is_canonical_too():
     spec = "split(generative=iwae(k=6), inference=miwae(k1=3, k2=2))"
     assert parse_objective(canonical(spec)) == parse_objective(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "name", "expected"),
+    [
+        ("vae", "vae", "vae"),
+        ("iwae(k=50)", "iwae", "iwae"),
+        ("power(k=50, p=3)", "power", "power(p=3)"),
+        ("miwae(k1=5, k2=10)", "miwae", "miwae(k1=5, k2=10)"),
+        ("mine(beta=0.5, k=3, gradient='dreg')", "mine", "mine(beta=0.5, gradient='dreg')"),
+    ],
+)
+def test_a_spec_tells_its_name_and_is_written_without_k(spec, name, expected):
+    assert (name_of(spec), without_k(spec)) == (name, expected)

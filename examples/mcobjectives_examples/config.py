@@ -114,9 +114,20 @@ def canonical(spec: str) -> str:
             objective = VAE(k=objective.k) if k1 == 1 else IWAE(k=objective.k)
     if objective == IWAE(k=1):
         objective = VAE(k=1)
-    name = format_objective(objective).partition("(")[0]
-    spec = name + repr(objective).removeprefix(type(objective).__name__)
+    spec = name_of(format_objective(objective)) + repr(objective).removeprefix(type(objective).__name__)
     return re.sub(r"(=-?\d+)\.0(?=[,)])", r"\1", spec)
+
+
+def name_of(spec: str) -> str:
+    """ "power" of "power(k=50, p=3)"."""
+    return spec.partition("(")[0]
+
+
+def without_k(spec: str) -> str:
+    """ "power(p=3)" of "power(k=50, p=3)", and "vae" of "vae(k=1)"."""
+    options = spec.removesuffix(")").partition("(")[2].split(", ")
+    kept = ", ".join(option for option in options if not option.startswith("k="))
+    return f"{name_of(spec)}({kept})" if kept else name_of(spec)
 
 
 def capped(spec: str, cap: int | None) -> str:

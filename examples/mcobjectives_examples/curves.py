@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples.blocks import Block, Chart, Table
 from mcobjectives_examples.charts import COLOURS, Line, line_chart
-from mcobjectives_examples.config import Config
+from mcobjectives_examples.config import Config, name_of, without_k
 from mcobjectives_examples.metric_tables import cell_name
 from mcobjectives_examples.protocols import by_protocol
 from mcobjectives_examples.records import Records, TableRun
@@ -72,7 +71,7 @@ def _k_curve(run: TableRun, layers: int) -> Iterator[Chart]:
     series: defaultdict[str, dict[int, Row]] = defaultdict(dict)
     for row in run.rows:
         if row.layers == layers and row.after is None and row.mean("nll") is not None:
-            series[_without_k(row.objective)].setdefault(row.k, row)
+            series[_curve_name(row.objective)].setdefault(row.k, row)
     series = defaultdict(dict, {name: by_k for name, by_k in series.items() if len(by_k) > 1})
     if not series:
         return
@@ -105,8 +104,6 @@ def _sources(rows: Iterable[Row]) -> dict[str, dict[int, float]]:
     return found
 
 
-def _without_k(spec: str) -> str:
-    """ "power(p=0.5)" of "power(k=50, p=0.5)"."""
-    name = parse_objective(spec).__class__.__name__
-    rest = re.sub(r"\bk=\d+(, )?", "", spec.partition("(")[2].rstrip(")")).rstrip(", ")
-    return f"{name}({rest})" if rest else name
+def _curve_name(spec: str) -> str:
+    """ "Power(p=0.5)" of "power(k=50, p=0.5)"."""
+    return type(parse_objective(spec)).__name__ + without_k(spec).removeprefix(name_of(spec))

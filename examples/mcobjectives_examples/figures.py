@@ -16,7 +16,7 @@ from mcobjectives.evaluation import posterior_means
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples.binarisation import test_set
 from mcobjectives_examples.cells import Place, passes, trainer_of
-from mcobjectives_examples.config import Config, canonical, capped
+from mcobjectives_examples.config import Config, canonical, capped, name_of
 from mcobjectives_examples.evaluating import OnProgress, reconstructions
 from mcobjectives_examples.labels import class_names, test_labels
 from mcobjectives_examples.models import PaperModel
@@ -88,7 +88,7 @@ def trained(
 
 def model_label(config: Config) -> str:
     """ "IWAE, k = 50"."""
-    return f"{config.objective.partition('(')[0].upper()}, k = {parse_objective(config.objective).k}"
+    return f"{name_of(config.objective).upper()}, k = {parse_objective(config.objective).k}"
 
 
 @dataclass(frozen=True)

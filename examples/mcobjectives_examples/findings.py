@@ -10,7 +10,7 @@ from typing import Any
 
 from mcobjectives import CIWAE, MIWAE, LAlpha, Median, Objective, Power
 from mcobjectives.specs import parse_objective
-from mcobjectives_examples.config import Config
+from mcobjectives_examples.config import Config, name_of
 from mcobjectives_examples.paper import table
 from mcobjectives_examples.tables import Row
 from mcobjectives_examples.verdicts import (
@@ -159,7 +159,7 @@ def _miwae(table_rows: Sequence[Row]) -> Iterator[Finding]:
 
 def _switching(table_rows: Sequence[Row]) -> Iterator[Finding]:
     for first, then in (("VAE", "IWAE"), ("IWAE", "VAE")):
-        rows = [row for row in table_rows if row.after and row.after.startswith(first.lower() + "(")]
+        rows = [row for row in table_rows if row.after and name_of(row.after) == first.lower()]
         if not rows:
             continue
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples import blocks
+from mcobjectives_examples.config import without_k
 from mcobjectives_examples.datasets import default_binarisation, vouched
 from mcobjectives_examples.paper import table
 from mcobjectives_examples.presets import get_preset
@@ -39,10 +40,9 @@ def cells(row: Row) -> list[str]:
     comparable = nll if row.on_papers_data else None
     bgs16 = row.bgs16 or {}
     theirs = comparable if bgs16.get("dataset", row.configs[0].dataset) == row.configs[0].dataset else None
-    name, _, options = row.label.partition("(")
     return [
         str(row.layers),
-        row.label if row.after or not options.startswith("k=") else name + _rest(options),
+        row.label if row.after else without_k(row.objective),
         str(row.k),
         ours,
         _beside(comparable, row.paper["nll"]),
@@ -101,11 +101,6 @@ def _pruned(row: Row) -> str:
 def _of_seeds(n: int, row: Row) -> str:
     """How many of a row's seeds a number is of, where not of all."""
     return "" if n == len(row.results) else f" ({n}/{len(row.results)} seeds)"
-
-
-def _rest(options: str) -> str:
-    rest = options.rstrip(")").partition(", ")[2]
-    return f"({rest})" if rest else ""
 
 
 def _beside(ours: float | None, theirs: float | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples.binarisation import require_mode
 from mcobjectives_examples.cells import recorded
-from mcobjectives_examples.config import Config, canonical, capped
+from mcobjectives_examples.config import Config, canonical, capped, without_k
 from mcobjectives_examples.datasets import default_binarisation
 from mcobjectives_examples.paper import table
 from mcobjectives_examples.presets import Preset
@@ -60,8 +59,8 @@ class Row:
     @property
     def family(self) -> str:
         """ "vae" or "iwae" for a row of one of these without further options, else empty."""
-        plain = re.fullmatch(r"(vae|iwae)\(k=\d+\)", self.objective)
-        return plain[1] if plain else ""
+        plain = without_k(self.objective)
+        return plain if plain in ("vae", "iwae") else ""
 
     @property
     def label(self) -> str:

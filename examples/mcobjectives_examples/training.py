@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mcobjectives_examples import checkpoints
 from mcobjectives_examples.binarisation import binarise
-from mcobjectives_examples.config import Config, training_objective
+from mcobjectives_examples.config import Config, name_of, training_objective
 from mcobjectives_examples.engine import (
     ENGINES,
     Engine,
@@ -220,7 +220,7 @@ class Trainer:
             raise self._failed(f"the mean bound is {bound}")
         self.history.append(bound)
         if self.log is not None:
-            self.log(f"train/{self.config.objective.partition('(')[0]}", bound, self.epoch + 1)
+            self.log(f"train/{name_of(self.config.objective)}", bound, self.epoch + 1)
             self.log("train/learning_rate", rate, self.epoch + 1)
         self.total.zero_()
         self.epoch, self.step = self.epoch + 1, 0
