@@ -207,7 +207,7 @@ def _overfit(results: Results, label: str) -> Measured:
     """By how much a VAE's bound on the training images, in the last pass, is above that on the test images."""
     recorded = [r for r in results if r is not None and r.get("learning_curve") and "elbo" in r["metrics"]]
     ends = [(r["learning_curve"][-1], r["metrics"]["elbo"]) for r in recorded]
-    return _of_seeds(label, [None if test is None else train - test for train, test in ends], len(results))
+    return _measured_values(label, [None if test is None else train - test for train, test in ends], len(results))
 
 
 def _pruning(table_rows: Sequence[Row]) -> Iterator[Finding]:
@@ -286,10 +286,10 @@ def _first(row: Row, metric: str) -> Measured:
 def _measured(results: Results, metric: str, label: str) -> Measured:
     """A metric of a row's results; units are summed over layers."""
     found = [result["metrics"][metric] for result in results if result is not None and metric in result["metrics"]]
-    return _of_seeds(label, [sum(v) if isinstance(v, list) else v for v in found], len(results))
+    return _measured_values(label, [sum(v) if isinstance(v, list) else v for v in found], len(results))
 
 
-def _of_seeds(label: str, values: Sequence[float | None], seeds: int) -> Measured:
+def _measured_values(label: str, values: Sequence[float | None], seeds: int) -> Measured:
     """Values, of so many seeds those that are run; None stands for what is not finite."""
     finite = tuple(float(value) for value in values if value is not None)
     if not finite or len(finite) < len(values):

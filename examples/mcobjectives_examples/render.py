@@ -15,7 +15,7 @@ from mcobjectives_examples.paper import table
 from mcobjectives_examples.presets import get_preset
 from mcobjectives_examples.sources import DATASETS
 from mcobjectives_examples.tables import Row
-from mcobjectives_examples.verdicts import LEAST_SEEDS, NOISE, Finding
+from mcobjectives_examples.verdicts import LEAST_SEEDS, NOISE, Finding, of_seeds
 
 HEADER = ("L", "objective", "k", "NLL", "paper", "BGS16", "active", "PCA", "KL")
 TRUST_HEADER = ("ESS", "k-hat (too high for)")
@@ -35,7 +35,7 @@ def cells(row: Row) -> list[str]:
     none = NOT_FINITE if any(row.results) else NOT_RUN
     ours = none if nll is None else f"{nll:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
     if nll is not None:
-        ours += _of_seeds(len(row.values("nll")), row)
+        ours += of_seeds(len(row.values("nll")), len(row.results), "/")
     kl = row.mean("kl_posterior")
     comparable = nll if row.on_papers_data else None
     bgs16 = row.bgs16 or {}
@@ -95,12 +95,8 @@ def _pruned(row: Row) -> str:
     finite = [cost for cost in costs if cost is not None]
     if len(finite) < len(costs):
         return NOT_FINITE
-    return f"{statistics.fmean(finite):+.2f}{_of_seeds(len(finite), row)}" if finite else ""
-
-
-def _of_seeds(n: int, row: Row) -> str:
-    """How many of a row's seeds a number is of, where not of all."""
-    return "" if n == len(row.results) else f" ({n}/{len(row.results)} seeds)"
+    seeds = of_seeds(len(finite), len(row.results), "/")
+    return f"{statistics.fmean(finite):+.2f}{seeds}" if finite else ""
 
 
 def _beside(ours: float | None, theirs: float | None) -> str:

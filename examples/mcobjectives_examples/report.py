@@ -127,7 +127,7 @@ def not_drawn(drawings: Sequence[Picture]) -> dict[int, Figure]:
 def _not_run(runs: Sequence[TableRun], drawings: Sequence[Picture]) -> Iterator[Block]:
     items = []
     for run in runs:
-        rows = [f"{row.layers}L {row.label}{_of_seeds(row.configs, seeds)}" for row, seeds in missing(run)]
+        rows = [f"{row.layers}L {row.label}{_which_seeds(row.configs, seeds)}" for row, seeds in missing(run)]
         if rows:
             items.append(f"Of {render.title(run.number, run.rows)}: {', '.join(rows)}")
     tables = [n for n in paper()["tables"] if n not in {run.number for run in runs}]
@@ -138,5 +138,6 @@ def _not_run(runs: Sequence[TableRun], drawings: Sequence[Picture]) -> Iterator[
         yield Text("mcobj reproduce --table N runs a table, or goes on with it; mcobj figure N draws a figure.")
 
 
-def _of_seeds(configs: Sequence[Any], seeds: Sequence[int]) -> str:
+def _which_seeds(configs: Sequence[Any], seeds: Sequence[int]) -> str:
+    """Which of a row's seeds are meant, where it has several."""
     return "" if len(configs) == len(seeds) == 1 else f" (seed {', '.join(map(str, seeds))})"

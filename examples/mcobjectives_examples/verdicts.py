@@ -137,9 +137,9 @@ def lacking(cells: Iterable[Measured]) -> str:
     return next((lack for lack in LACKS if lack in lacks), "")
 
 
-def of_seeds(run: int, seeds: int) -> str:
+def of_seeds(run: int, seeds: int, of: str = " of ") -> str:
     """How many seeds a figure is of, where not all are run."""
-    return "" if run == seeds else f" ({run} of {seeds} seeds)"
+    return "" if run == seeds else f" ({run}{of}{seeds} seeds)"
 
 
 def _rounded(value: float) -> str:
