@@ -10,13 +10,13 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mcobjectives_examples.cells import Place
 from mcobjectives_examples.config import Config
 from mcobjectives_examples.files import write_json
+from mcobjectives_examples.hooks import NO_HOOKS
 from mcobjectives_examples.presets import configured
 from mcobjectives_examples.provenance import provenance
 from mcobjectives_examples.side_by_side import run_side_by_side
@@ -29,10 +29,16 @@ def seconds(k: int, cells: int, jobs: int, dataset: str) -> list[float]:
     preset, _ = configured("short", [f"passes={PASSES[k]}", "nll_k=1", "test_images=2"])
     protocol = preset.binarisation_of(dataset)
     configs = [Config(dataset, protocol, 1, f"iwae(k={k})", preset, seed) for seed in range(cells)]
-    hooks: dict[str, Any] = dict.fromkeys(("on_progress", "on_done", "note"), lambda *heard: None)
     with tempfile.TemporaryDirectory() as folder:
         place = Place(Path(folder), torch.device("cpu"), engine="compiled")
-        run_side_by_side(configs, place, jobs, stop=lambda: False, **hooks)
+        run_side_by_side(
+            configs,
+            place,
+            jobs,
+            NO_HOOKS,
+            progress_of=lambda config: NO_HOOKS.on_progress,
+            on_done=lambda config: None,
+        )
         records = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
     return [record["seconds"]["train"] / PASSES[k] for record in records]
 

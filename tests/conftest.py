@@ -6,6 +6,7 @@ from runs import CPU, TINY, until
 
 from mcobjectives_examples.config import Config
 from mcobjectives_examples.datasets import load
+from mcobjectives_examples.hooks import NO_HOOKS
 from mcobjectives_examples.training import Interrupted, Trainer
 
 # A console reads its width when it is made: one that is set outside, as by pytest-xdist, would stay through every test.
@@ -21,10 +22,10 @@ def digits():
 
 @pytest.fixture
 def trainer(digits, tmp_path):
-    def build(name="run.pt", preset=TINY, engine="eager", note=lambda text: None, **changes):
+    def build(name="run.pt", preset=TINY, engine="eager", hooks=NO_HOOKS, **changes):
         settings = {"dataset": "digits", "binarisation": "once", "layers": 1, "objective": "iwae(k=3)"}
         return Trainer(
-            Config(**settings | changes, preset=preset), digits, CPU, tmp_path / name, engine=engine, note=note
+            Config(**settings | changes, preset=preset), digits, CPU, tmp_path / name, engine=engine, hooks=hooks
         )
 
     return build
@@ -33,9 +34,9 @@ def trainer(digits, tmp_path):
 @pytest.fixture
 def saved(trainer):
     """A run, interrupted with a checkpoint."""
-    run = trainer()
+    run = trainer(hooks=until(2))
     with pytest.raises(Interrupted):
-        run.run(*until(2))
+        run.run()
     return run
 
 

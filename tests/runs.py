@@ -8,6 +8,7 @@ import time
 
 import torch
 
+from mcobjectives_examples.hooks import Hooks
 from mcobjectives_examples.presets import get_preset
 
 CPU = torch.device("cpu")
@@ -33,9 +34,9 @@ def wait_for(process, path, writes=2):
 
 
 def until(steps):
-    """Arguments of `run` that stop it after so many steps."""
+    """Hooks that stop a run after so many steps."""
     taken = []
-    return taken.append, lambda: len(taken) >= steps
+    return Hooks(on_progress=lambda *progress: taken.append(progress), stop=lambda: len(taken) >= steps)
 
 
 def same(a, b):

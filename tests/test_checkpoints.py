@@ -19,6 +19,7 @@ from runs import CPU, TINY, until
 from mcobjectives_examples import checkpoints, files, training
 from mcobjectives_examples.checkpoints import CheckpointError
 from mcobjectives_examples.files import OutputError, locked, require_unlocked
+from mcobjectives_examples.hooks import Hooks
 from mcobjectives_examples.training import TrainingError
 
 # Not finite any more.
@@ -41,7 +42,7 @@ def test_a_bound_that_is_not_finite_keeps_the_checkpoint_before(trainer, monkeyp
 
 @pytest.mark.parametrize("stopped", [True, False])
 def test_parameters_that_are_not_finite_are_never_saved(trainer, monkeypatch, stopped):
-    run = trainer()
+    run = trainer(hooks=until(10 if stopped else 99))
 
     def ruin(x):
         if run.epoch == 2 and run.step == 1:
@@ -50,7 +51,7 @@ def test_parameters_that_are_not_finite_are_never_saved(trainer, monkeypatch, st
 
     monkeypatch.setattr(training, "make_step", lambda engine, *a: (ruin, engine))
     with pytest.raises(TrainingError, match="pass 3: a parameter"):
-        run.run(*until(10 if stopped else 99))
+        run.run()
     again = trainer()
     assert again.restore() and all(torch.isfinite(p).all() for p in again.model.parameters())
 
@@ -257,7 +258,7 @@ def test_a_mismatch_says_what_differs(saved, trainer):
     notes = []
     state = torch.load(saved.checkpoint, weights_only=True)
     torch.save(state | {"device": "cuda"}, saved.checkpoint)
-    assert trainer(note=notes.append).restore()
+    assert trainer(hooks=Hooks(note=notes.append)).restore()
     assert notes == ["the checkpoint is from a run on cuda, this is on cpu: the noise is another"]
     reworded = trainer(preset=dataclasses.replace(TINY, about="in other words"))
     assert reworded.restore()  # a description is no setting

@@ -12,12 +12,13 @@ from itertools import product
 
 import pytest
 import torch
-from runs import CPU, TINY, same, until
+from runs import CPU, TINY, same
 from torch import nn
 
 from mcobjectives import IWAE
 from mcobjectives_examples import checkpoints, compiling, engine
 from mcobjectives_examples.engine import Engine, choose_engine, flat_adam, make_step
+from mcobjectives_examples.hooks import Hooks
 from mcobjectives_examples.precision import in_bfloat16, products, set_precision
 from mcobjectives_examples.presets import configured
 from mcobjectives_examples.training import Interrupted
@@ -37,7 +38,7 @@ def test_without_a_compiler_steps_are_eager_and_the_user_is_told(trainer, no_com
     chosen = choose_engine(wanted, run.objective, run.model, "highest", run.pixels[:100], steps=10**9)
     assert chosen == Engine("eager", "no working compiler (RuntimeError)")
     notes = []
-    told = trainer(engine="compiled", note=notes.append)
+    told = trainer(engine="compiled", hooks=Hooks(note=notes.append))
     told.run()
     assert notes == ["eager steps: no working compiler (RuntimeError)"] and len(told.history) == 3
 
@@ -74,7 +75,7 @@ def test_a_preset_is_read_without_a_trace_in_torch():
 
 def test_a_restarted_run_keeps_its_engine(saved, trainer):
     notes = []
-    again = trainer(engine="compiled", note=notes.append)
+    again = trainer(engine="compiled", hooks=Hooks(note=notes.append))
     again.restore()
     again.run()
     assert notes == ["eager steps: as in the checkpoint"]
@@ -84,7 +85,7 @@ def test_a_restart_on_other_threads_is_told(saved, trainer):
     state = torch.load(saved.checkpoint, weights_only=True)
     torch.save(state | {"threads": state["threads"] + 6}, saved.checkpoint)
     notes = []
-    trainer(note=notes.append).restore()
+    trainer(hooks=Hooks(note=notes.append)).restore()
     assert notes == [
         f"the checkpoint is from a run on {state['threads'] + 6} threads, this is on {state['threads']}: "
         "last digits may differ"
@@ -252,9 +253,9 @@ def test_a_compiler_that_ctrl_c_stops_says_nothing_of_the_engine(trainer, monkey
 
     monkeypatch.setattr(engine, "compiler_failure", lambda device: "")
     monkeypatch.setattr(engine, where, stopped)
-    run = trainer(engine="compiled")
+    run = trainer(engine="compiled", hooks=Hooks(stop=lambda: bool(asked)))
     with pytest.raises(Interrupted):
-        run.run(stop=lambda: bool(asked))
+        run.run()
     state = checkpoints.load(run.checkpoint, run.record, CPU)
     assert state["engine"] != "eager" and state["position"] == {"epoch": 0, "step": 0, "total": 0.0}
     compiled = []
@@ -262,7 +263,7 @@ def test_a_compiler_that_ctrl_c_stops_says_nothing_of_the_engine(trainer, monkey
     monkeypatch.setattr(engine, "compile_whole", lambda *arguments: compiled.append(real) or eagerly(arguments[0]))
     again = trainer(engine="compiled")
     assert again.restore()
-    again.run(*until(1)[:1])
+    again.run()
     assert compiled and again.engine.name == "compiled"
 
 

@@ -15,6 +15,7 @@ from mcobjectives_examples.cells import checkpoint_path
 from mcobjectives_examples.checkpoints import CheckpointError
 from mcobjectives_examples.config import Config
 from mcobjectives_examples.downloads import DataError
+from mcobjectives_examples.hooks import Hooks
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.presets import get_preset
 from mcobjectives_examples.provenance import provenance
@@ -205,14 +206,13 @@ def test_what_is_trained_is_not_trained_again_and_what_was_stopped_goes_on(digit
     [config] = configs(5)
     longer = dataclasses.replace(config, preset=TINY.with_passes(3))
     steps = []
+    counted = Hooks(on_progress=lambda *seen: steps.append(seen))
     with pytest.raises(Interrupted):
-        figures.trained(
-            longer, digits, tmp_path, CPU, on_progress=lambda *seen: steps.append(seen), stop=lambda: len(steps) >= 4
-        )
-    figures.trained(longer, digits, tmp_path, CPU, on_progress=lambda *seen: steps.append(seen))
+        figures.trained(longer, digits, tmp_path, CPU, dataclasses.replace(counted, stop=lambda: len(steps) >= 4))
+    figures.trained(longer, digits, tmp_path, CPU, counted)
     assert len(steps) == 9 and steps[-1] == ("train", 3.0, 3)
     written = checkpoint_path(tmp_path, longer).stat().st_mtime_ns
-    model = figures.trained(longer, digits, tmp_path, CPU, on_progress=lambda *seen: steps.append(seen))
+    model = figures.trained(longer, digits, tmp_path, CPU, counted)
     assert len(steps) == 9 and checkpoint_path(tmp_path, longer).stat().st_mtime_ns == written
     state = checkpoints.load(checkpoint_path(tmp_path, longer), None, CPU)["model"]
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())

@@ -20,6 +20,7 @@ from mcobjectives_examples.cells import Place, cell_lock, run_cell
 from mcobjectives_examples.config import Config
 from mcobjectives_examples.datasets import load
 from mcobjectives_examples.files import OutputError
+from mcobjectives_examples.hooks import NO_HOOKS, Hooks
 from mcobjectives_examples.in_turn import run_in_turn
 from mcobjectives_examples.presets import configured
 from mcobjectives_examples.side_by_side import run_side_by_side
@@ -35,10 +36,14 @@ def first():
     return Config("digits", "once", 1, "vae(k=1)", preset)
 
 
+def silent(config):
+    return NO_HOOKS.on_progress
+
+
 def record(configs, out, jobs=2, stop=lambda: False):
     done = []
-    heard = {"on_progress": lambda *progress: None, "on_done": done.append, "note": lambda text: None}
-    run_side_by_side(configs, Place(out, CPU, engine="eager"), jobs, stop=stop, **heard)
+    place = Place(out, CPU, engine="eager")
+    run_side_by_side(configs, place, jobs, Hooks(stop=stop), progress_of=silent, on_done=done.append)
     return done
 
 
@@ -130,7 +135,7 @@ def test_a_cell_that_fails_stops_the_others_with_their_checkpoints(first, tmp_pa
 @pytest.mark.parametrize("how", ["beside", "in turn", "stacked"])
 def test_a_cell_that_another_process_makes_is_refused_and_left_to_it(first, tmp_path, how):
     cells = [first, replace(first, seed=1)]
-    hooks = {"on_progress": lambda *progress: None, "on_done": lambda config: None, "note": lambda text: None}
+    each = {"progress_of": silent, "on_done": lambda config: None}
     with cell_lock(tmp_path, cells[1]):
         with pytest.raises(
             (TrainingError, OutputError), match=rf"another process is at work on .*{cells[1].name}: wait"
@@ -139,7 +144,7 @@ def test_a_cell_that_another_process_makes_is_refused_and_left_to_it(first, tmp_
                 record(cells[1:], tmp_path)
             else:
                 place = Place(tmp_path, CPU, engine="eager")
-                run_in_turn(cells, load("digits"), place, stack=how == "stacked", stop=lambda: False, **hooks)
+                run_in_turn(cells, load("digits"), place, NO_HOOKS, stack=how == "stacked", **each)
         assert not list(tmp_path.glob(f"{cells[1].name}*"))
     assert not list(tmp_path.glob(".*"))
 

@@ -6,23 +6,24 @@ import time
 
 import pytest
 import torch
-from runs import CPU, TINY
+from runs import CPU, TINY, until
 
 from mcobjectives_examples.config import Config
+from mcobjectives_examples.hooks import NO_HOOKS, Hooks
 from mcobjectives_examples.stacking import Stack, noise_apart, pays, stacks, train_together
 from mcobjectives_examples.training import Interrupted, Trainer, TrainingError
 
 
 @pytest.fixture
 def trainers(digits, tmp_path):
-    def build(folder, objective="iwae(k=3)", layers=1, engine="eager", note=lambda text: None, n=3, **changes):
+    def build(folder, objective="iwae(k=3)", layers=1, engine="eager", hooks=NO_HOOKS, n=3, **changes):
         preset = dataclasses.replace(TINY, **changes)
         protocols = ("once", "epoch", "once")
         found = []
         for seed in range(n):
             config = Config("digits", protocols[seed], layers, objective, preset, seed)
             path = tmp_path / folder / f"{config.name}.pt"
-            found.append(Trainer(config, digits, CPU, path, engine=engine, note=note))
+            found.append(Trainer(config, digits, CPU, path, engine=engine, hooks=hooks))
             found[-1].restore()
         return found
 
@@ -101,9 +102,8 @@ def test_chunks_are_refused(trainers):
 def test_an_interrupted_stack_ends_with_the_same_bits(trainers):
     whole = trainers("whole")
     train_together(whole)
-    steps = []
     with pytest.raises(Interrupted):
-        train_together(trainers("stopped"), steps.append, lambda: len(steps) >= 16)
+        train_together(trainers("stopped", hooks=until(16)))
     stopped = trainers("stopped")
     assert all((trainer.epoch, trainer.step) == (1, 2) for trainer in stopped)
     train_together(stopped)
@@ -112,9 +112,9 @@ def test_an_interrupted_stack_ends_with_the_same_bits(trainers):
 
 def test_a_stop_that_is_asked_for_once_stops_all(trainers):
     asked = iter(range(1, 100))
-    members = trainers("once")
+    members = trainers("once", hooks=Hooks(stop=lambda: next(asked) == 5))
     with pytest.raises(Interrupted):
-        train_together(members, stop=lambda: next(asked) == 5)
+        train_together(members)
     assert all(trainer.steps_left > 8 for trainer in members)
 
 
@@ -128,7 +128,7 @@ def test_members_that_were_stopped_at_different_steps_end_with_the_same_bits(tra
     """As when a run is killed while the checkpoints of one moment are being written."""
     whole = trainers("whole")
     train_together(whole)
-    first = trainers("killed")
+    first = trainers("killed", hooks=until(28))
     older = {}
 
     def save(trainer, real=Trainer.save):
@@ -136,11 +136,10 @@ def test_members_that_were_stopped_at_different_steps_end_with_the_same_bits(tra
         if trainer.config.seed == 2 and trainer.epoch == 1:
             older.setdefault("state", trainer.checkpoint.read_bytes())
 
-    steps = []
     monkeypatch.setattr(Trainer, "save", save)
     monkeypatch.setattr("mcobjectives_examples.training.SECONDS_BETWEEN_CHECKPOINTS", -1.0)
     with pytest.raises(Interrupted):
-        train_together(first, steps.append, lambda: len(steps) >= 28)
+        train_together(first)
     first[2].checkpoint.write_bytes(older["state"])
     again = trainers("killed")
     assert [(trainer.epoch, trainer.step) for trainer in again] == [(2, 2), (2, 2), (1, 0)]
@@ -149,10 +148,10 @@ def test_members_that_were_stopped_at_different_steps_end_with_the_same_bits(tra
 
 
 def test_a_stopped_member_can_go_on_alone_and_says_so(trainers):
-    steps, notes = [], []
+    notes = []
     with pytest.raises(Interrupted):
-        train_together(trainers("left"), steps.append, lambda: len(steps) >= 4)
-    [alone] = trainers("left", n=1, note=notes.append)
+        train_together(trainers("left", hooks=until(4)))
+    [alone] = trainers("left", n=1, hooks=Hooks(note=notes.append))
     alone.run()
     whole = trainers("alone", n=1)[0]
     whole.run()
@@ -161,10 +160,10 @@ def test_a_stopped_member_can_go_on_alone_and_says_so(trainers):
 
 
 def test_runs_that_began_alone_can_be_stacked_and_say_so(trainers):
-    steps, notes = [], []
+    notes = []
     with pytest.raises(Interrupted):
-        trainers("begun", n=1)[0].run(steps.append, lambda: len(steps) >= 2)
-    train_together(trainers("begun", note=notes.append))
+        trainers("begun", n=1, hooks=until(2))[0].run()
+    train_together(trainers("begun", hooks=Hooks(note=notes.append)))
     assert notes[0] == "the checkpoints are of eager steps: last digits may differ"
 
 

@@ -19,6 +19,7 @@ from mcobjectives_examples import checkpoints, training
 from mcobjectives_examples.config import Config
 from mcobjectives_examples.downloads import DataError
 from mcobjectives_examples.engine import set_rate
+from mcobjectives_examples.hooks import Hooks
 from mcobjectives_examples.presets import configured
 from mcobjectives_examples.training import Interrupted
 
@@ -36,9 +37,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(trainer):
 def test_an_interrupted_run_ends_with_the_same_bits(trainer, binarisation, steps):
     whole = trainer("whole.pt", binarisation=binarisation, objective="iwae(k=3, backward_samples=2)")
     whole.run()
-    first = trainer(binarisation=binarisation, objective="iwae(k=3, backward_samples=2)")
+    first = trainer(binarisation=binarisation, objective="iwae(k=3, backward_samples=2)", hooks=until(steps))
     with pytest.raises(Interrupted) if steps < 12 else contextlib.nullcontext():
-        first.run(*until(steps))
+        first.run()
     second = trainer(binarisation=binarisation, objective="iwae(k=3, backward_samples=2)")
     torch.manual_seed(999)  # whatever the state of the process was
     assert second.restore()
@@ -158,12 +159,12 @@ def test_a_runs_seconds_are_its_share(trainer, monkeypatch):
     monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(training, "make_step", recording([]))
 
-    def tick(progress):
+    def tick(*progress):
         clock[0] += 1
 
-    run = trainer()
+    run = trainer(hooks=Hooks(on_progress=tick))
     run.together = 4
-    run.run(tick)
+    run.run()
     assert run.seconds == 12 / 4
 
 
@@ -180,21 +181,21 @@ def test_an_interrupted_runs_seconds_are_its_share_too(trainer, monkeypatch):
     monkeypatch.setattr(training, "make_step", recording([]))
     taken = []
 
-    def tick(progress):
+    def tick(*progress):
         clock[0] += 1
         taken.append(progress)
 
-    run = trainer()
+    run = trainer(hooks=Hooks(on_progress=tick, stop=lambda: len(taken) >= 6))
     run.together = 4
     with pytest.raises(training.Interrupted):
-        run.run(tick, lambda: len(taken) >= 6)
+        run.run()
     assert run.seconds == 6 / 4
 
 
 def test_a_restored_run_goes_on_with_the_seconds_it_took(trainer):
-    first, second = trainer(), trainer()
+    first, second = trainer(hooks=until(2)), trainer()
     with pytest.raises(training.Interrupted):
-        first.run(*until(2))
+        first.run()
     assert second.restore() and second.seconds == first.seconds > 0
 
 
@@ -212,10 +213,10 @@ def test_a_run_tells_of_all_its_parts(trainer, monkeypatch):
     )
     for surroundings, steps in ((first, 2), (again, 3), (other, 1), (other, 99)):
         monkeypatch.setattr(training, "provenance", lambda now=surroundings: now)
-        run = trainer()
+        run = trainer(hooks=until(steps))
         run.restore()
         with pytest.raises(Interrupted) if steps < 99 else contextlib.nullcontext():
-            run.run(*until(steps))
+            run.run()
     assert run.parts == [
         {"to_pass": 1.25, "engine": "eager", "provenance": first},
         {"to_pass": 3.0, "engine": "eager", "provenance": other},

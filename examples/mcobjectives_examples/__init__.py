@@ -6,7 +6,8 @@ In reading order:
 - data: `sources`, `datasets`, `downloads`, `amat`, `binarisation`, `labels`
 - the model: `models`, `precision`, `pruning`
 - a training step: `engine`, `compiling`, `memory`
-- a run: `training`, `evaluating`, `cells` (train, evaluate, record), `checkpoints`, `files`, `logs`, `provenance`
+- a run: `training`, `evaluating`, `cells` (train, evaluate, record), `hooks`, `checkpoints`, `files`, `logs`,
+  `provenance`
 - many runs: `in_turn`, `stacking`, `side_by_side`, `estimates` (how long they will take)
 - what was found: `results`, `records`, `verdicts` (when a difference is one), `findings` (the paper's claims)
 - as text: `render` (tables), `blocks`, `metric_tables`, `curves`, `charts`, `origins`, `report` (all of it as a page)

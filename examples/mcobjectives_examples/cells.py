@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,12 @@ import torch
 
 from mcobjectives_examples import checkpoints
 from mcobjectives_examples.config import Config, differing
-from mcobjectives_examples.evaluating import OnProgress, evaluate_model, scalars, test_images
+from mcobjectives_examples.evaluating import evaluate_model, scalars, test_images
 from mcobjectives_examples.files import locked, require_unlocked, write_json
-from mcobjectives_examples.logs import Log
+from mcobjectives_examples.hooks import NO_HOOKS, Hooks, or_interrupted
 from mcobjectives_examples.results import read_result
 from mcobjectives_examples.sources import Dataset
-from mcobjectives_examples.training import Progress, Trainer, or_interrupted
+from mcobjectives_examples.training import Trainer
 
 
 @dataclass(frozen=True)
@@ -117,17 +117,10 @@ def first_stage(out: Path, config: Config, dataset_sha256: str) -> dict[str, Any
     return state
 
 
-def trainer_of(
-    config: Config,
-    dataset: Dataset,
-    place: Place,
-    *,
-    log: Log | None = None,
-    note: Callable[[str], None] = lambda text: None,
-) -> Trainer:
+def trainer_of(config: Config, dataset: Dataset, place: Place, hooks: Hooks = NO_HOOKS) -> Trainer:
     """The cell's run: from its checkpoint, or for a second stage from the first one's, or from the beginning."""
     checkpoint = checkpoint_path(place.out, config)
-    trainer = Trainer(config, dataset, place.device, checkpoint, engine=place.engine, log=log, note=note)
+    trainer = Trainer(config, dataset, place.device, checkpoint, engine=place.engine, hooks=hooks)
     if not trainer.restore() and config.after is not None:
         state = first_stage(place.out, config, dataset.checksum)
         with checkpoints.readable(first_stage_path(place.out, config)):
@@ -135,36 +128,18 @@ def trainer_of(
     return trainer
 
 
-def passes(on_progress: OnProgress) -> Callable[[Progress], None]:
-    """For a trainer: its passes told as the progress of "train"."""
-    return lambda progress: on_progress("train", progress.done, progress.passes)
-
-
-def run_cell(
-    config: Config,
-    dataset: Dataset,
-    place: Place,
-    *,
-    on_progress: OnProgress = lambda what, done, total: None,
-    stop: Callable[[], bool] = lambda: False,
-    log: Log | None = None,
-    note: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
-    """The cell's result, from its file or by training; raises `Interrupted` with a checkpoint if `stop()` is true.
-
-    `note` is told how the steps are executed, and why; `log` each training statistic after each pass, and the metrics.
-    """
+def run_cell(config: Config, dataset: Dataset, place: Place, hooks: Hooks = NO_HOOKS) -> dict[str, Any]:
+    """The cell's result, from its file or by training; raises `Interrupted` with a checkpoint if `stop()` is true."""
     found = recorded(place.out, config, dataset.checksum)
     if found is not None:
         return found
-    trainer = trainer_of(config, dataset, place, log=log, note=note)
-    trainer.run(passes(on_progress), stop)
+    trainer = trainer_of(config, dataset, place, hooks)
+    trainer.run()
     began = time.monotonic()
-    with or_interrupted(stop):
-        metrics = evaluate_model(trainer.model, test_images(dataset, config), config.preset, on_progress, stop)
-    if log is not None:
-        for name, value in scalars(metrics):
-            log(f"test/{name}", value, trainer.epoch)
+    with or_interrupted(hooks.stop):
+        metrics = evaluate_model(trainer.model, test_images(dataset, config), config.preset, hooks)
+    for name, value in scalars(metrics):
+        hooks.log(f"test/{name}", value, trainer.epoch)
     *earlier, last = trainer.parts
     result = {
         "config": trainer.record,

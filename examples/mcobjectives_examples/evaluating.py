@@ -14,18 +14,16 @@ from mcobjectives.likelihoods import bernoulli_log_likelihood
 from mcobjectives_examples.binarisation import test_set
 from mcobjectives_examples.compiling import for_evaluation
 from mcobjectives_examples.config import Config
+from mcobjectives_examples.hooks import NO_HOOKS, Hooks, Interrupted
 from mcobjectives_examples.models import PaperModel
 from mcobjectives_examples.precision import set_precision
 from mcobjectives_examples.presets import Preset
 from mcobjectives_examples.pruning import pruned
 from mcobjectives_examples.sources import Dataset
-from mcobjectives_examples.training import Interrupted
 
 EVALUATION_SEED = 20210401
 PRUNED_IMAGES = 1000
 """At most so many test images, and a quarter of them, are evaluated a second time, by the pruned model."""
-OnProgress = Callable[[str, float, float], None]
-"""(what is being done, done, total)."""
 
 
 def test_images(dataset: Dataset, config: Config) -> Tensor:
@@ -40,13 +38,7 @@ def random_rows(total: int, n: int) -> Tensor:
     return torch.randperm(total, generator=torch.Generator().manual_seed(EVALUATION_SEED))[:n]
 
 
-def evaluate_model(
-    model: PaperModel,
-    images: Tensor,
-    preset: Preset,
-    on_progress: OnProgress = lambda what, done, total: None,
-    stop: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:
+def evaluate_model(model: PaperModel, images: Tensor, preset: Preset, hooks: Hooks = NO_HOOKS) -> dict[str, Any]:
     """What a cell records of its model on the test images, as plain values; log-probabilities are in nats per image.
 
     All of `Evaluation.to_dict`; active units of each layer; `reconstruction_error`; and the pruned model's
@@ -61,8 +53,8 @@ def evaluate_model(
 
     def progress(what: str, total: int) -> Callable[[int], None]:
         def report(done: int) -> None:
-            on_progress(what, done, total)
-            if stop():
+            hooks.on_progress(what, done, total)
+            if hooks.stop():
                 raise Interrupted
 
         return report

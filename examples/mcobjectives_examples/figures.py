@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from mcobjectives.arguments import require_choice
 from mcobjectives.evaluation import posterior_means
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples.binarisation import test_set
-from mcobjectives_examples.cells import Place, passes, trainer_of
+from mcobjectives_examples.cells import Place, trainer_of
 from mcobjectives_examples.config import Config, canonical, capped, name_of
-from mcobjectives_examples.evaluating import OnProgress, reconstructions
+from mcobjectives_examples.evaluating import reconstructions
+from mcobjectives_examples.hooks import NO_HOOKS, Hooks
 from mcobjectives_examples.labels import class_names, test_labels
 from mcobjectives_examples.models import PaperModel
 from mcobjectives_examples.precision import set_precision
@@ -68,20 +69,11 @@ def configurations(
     return [Config(name, protocol, 1, spec, preset, seed, latent=wanted.latent) for spec in specs]
 
 
-def trained(
-    config: Config,
-    dataset: Dataset,
-    runs: Path,
-    device: torch.device,
-    *,
-    on_progress: OnProgress = lambda what, done, total: None,
-    stop: Callable[[], bool] = lambda: False,
-    note: Callable[[str], None] = lambda text: None,
-) -> PaperModel:
+def trained(config: Config, dataset: Dataset, runs: Path, device: torch.device, hooks: Hooks = NO_HOOKS) -> PaperModel:
     """The configuration's model from its checkpoint in `runs`, trained to its end first where it is not."""
-    trainer = trainer_of(config, dataset, Place(runs, device), note=note)
+    trainer = trainer_of(config, dataset, Place(runs, device), hooks)
     if trainer.epoch < config.preset.passes:
-        trainer.run(passes(on_progress), stop)
+        trainer.run()
     set_precision("highest")
     return trainer.model.eval()
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import replace
 
 import torch
 
 from mcobjectives.specs import parse_objective
-from mcobjectives_examples.cells import Place, cell_lock, passes, run_cell, trainer_of
+from mcobjectives_examples.cells import Place, cell_lock, run_cell, trainer_of
 from mcobjectives_examples.config import Config
+from mcobjectives_examples.hooks import Hooks, OnProgress
 from mcobjectives_examples.logs import tensorboard_log
 from mcobjectives_examples.sources import Dataset
 from mcobjectives_examples.stacking import pays, stacks, train_together
@@ -20,25 +21,28 @@ def run_in_turn(
     configs: Sequence[Config],
     dataset: Dataset,
     place: Place,
+    hooks: Hooks,
     *,
-    stack: bool = False,
-    on_progress: Callable[[Config, str, float, float], None],
+    progress_of: Callable[[Config], OnProgress],
     on_done: Callable[[Config], None],
-    stop: Callable[[], bool],
-    note: Callable[[str], None],
+    stack: bool = False,
 ) -> None:
-    """Record all cells; raises `Interrupted`, the one that was at work with a checkpoint, once `stop()` is true."""
-    for group in _groups(configs, place.device, note) if stack else _each(configs):
+    """Record all cells; raises `Interrupted`, the one that was at work with a checkpoint, once `stop()` is true.
+
+    Each tells its progress to its own `progress_of`, and those that are trained together to the first one's.
+    """
+    for group in _groups(configs, place.device, hooks.note) if stack else _each(configs):
         with ExitStack() as held:
             for config in group:
                 held.enter_context(cell_lock(place.out, config))
             logs = {c: held.enter_context(tensorboard_log(place.tensorboard, c.name)) for c in group}
             if len(group) > 1:
-                trainers = [trainer_of(c, dataset, place, log=logs[c], note=note) for c in group]
-                train_together(trainers, passes(partial(on_progress, group[0])), stop)
+                first = progress_of(group[0])
+                together = [replace(hooks, on_progress=first, log=logs[c]) for c in group]
+                train_together([trainer_of(c, dataset, place, h) for c, h in zip(group, together, strict=True)])
             for config in group:
-                update = partial(on_progress, config)
-                run_cell(config, dataset, place, on_progress=update, stop=stop, log=logs[config], note=note)
+                own = replace(hooks, on_progress=progress_of(config), log=logs[config])
+                run_cell(config, dataset, place, own)
                 on_done(config)
 
 

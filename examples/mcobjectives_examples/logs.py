@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mcobjectives_examples.files import OutputError
-
-Log = Callable[[str, float, int], None]
-"""(statistic, value, pass)."""
+from mcobjectives_examples.hooks import NO_HOOKS, Log
 
 
 def require_tensorboard(folder: Path | None) -> None:
@@ -29,10 +27,10 @@ def require_tensorboard(folder: Path | None) -> None:
 
 
 @contextmanager
-def tensorboard_log(folder: Path | None, name: str) -> Iterator[Log | None]:
-    """A function that writes to the run's own folder in TensorBoard's, or None."""
+def tensorboard_log(folder: Path | None, name: str) -> Iterator[Log]:
+    """A function that writes to the run's own folder in TensorBoard's, or nowhere."""
     if folder is None:
-        yield None
+        yield NO_HOOKS.log
         return
     from torch.utils.tensorboard import SummaryWriter
 

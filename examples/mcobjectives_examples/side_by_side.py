@@ -21,8 +21,9 @@ from mcobjectives.messages import one_line
 from mcobjectives_examples.cells import Place, cell_lock, run_cell
 from mcobjectives_examples.config import Config
 from mcobjectives_examples.datasets import load
+from mcobjectives_examples.hooks import Hooks, Interrupted, OnProgress
 from mcobjectives_examples.logs import tensorboard_log
-from mcobjectives_examples.training import Interrupted, TrainingError
+from mcobjectives_examples.training import TrainingError
 
 _SECONDS_BETWEEN_REPORTS = 0.2
 
@@ -49,13 +50,14 @@ def run_side_by_side(
     configs: Sequence[Config],
     place: Place,
     jobs: int,
+    hooks: Hooks,
     *,
-    on_progress: Callable[[Config, str, float, float], None],
+    progress_of: Callable[[Config], OnProgress],
     on_done: Callable[[Config], None],
-    stop: Callable[[], bool],
-    note: Callable[[str], None],
 ) -> None:
     """Record all cells, `jobs` at a time; a second stage begins when its first one is recorded.
+
+    Each tells its progress to its own `progress_of`.
 
     Raises `Interrupted`, each cell that was at work with a checkpoint, once `stop()` is true, and `TrainingError` where
     a cell fails: the others then stop as if interrupted.
@@ -76,16 +78,16 @@ def run_side_by_side(
                 config, process = working[connection]
                 match _receive(connection, config, process):
                     case _Report(doing, done, total):
-                        on_progress(config, doing, done, total)
+                        progress_of(config)(doing, done, total)
                     case _Note(text):
-                        note(text)
+                        hooks.note(text)
                     case _End(error, recorded):
                         process.join()
                         del working[connection]
                         errors += [error] if error else []
                         if recorded:
                             on_done(config)
-            if not stopping and (errors or stop()):
+            if not stopping and (errors or hooks.stop()):
                 stopping = True
                 for connection in working:
                     with suppress(OSError):  # it has just ended
@@ -153,15 +155,8 @@ def _work(connection: Connection, config: Config, place: Place, threads: int) ->
 
     try:
         with cell_lock(place.out, config), tensorboard_log(place.tensorboard, config.name) as log:
-            run_cell(
-                config,
-                load(config.dataset, place.data_dir),
-                place,
-                on_progress=report,
-                stop=stop,
-                log=log,
-                note=lambda text: connection.send(_Note(text)),
-            )
+            hooks = Hooks(on_progress=report, stop=stop, note=lambda text: connection.send(_Note(text)), log=log)
+            run_cell(config, load(config.dataset, place.data_dir), place, hooks)
         end = _End(recorded=True)
     except (Interrupted, ConnectionError):  # the latter if the first process is gone; the last checkpoint stands
         end = _End()

@@ -25,8 +25,9 @@ from mcobjectives_examples.engine import (
     loss_and_gradient,
     make_step,
 )
+from mcobjectives_examples.hooks import Interrupted, or_interrupted
 from mcobjectives_examples.precision import set_precision
-from mcobjectives_examples.training import Interrupted, OnStep, Trainer, advance, or_interrupted
+from mcobjectives_examples.training import Trainer, advance
 
 _SHAPE_OF_ANOTHER = {
     torch.ops.aten.randn_like.default,
@@ -124,7 +125,7 @@ class Stack:
             if before == {engine.name}:
                 return engine
         if before:
-            first.note(f"the checkpoints are of {', '.join(sorted(before))} steps: last digits may differ")
+            first.hooks.note(f"the checkpoints are of {', '.join(sorted(before))} steps: last digits may differ")
         steps = sum(trainer.steps_left for trainer in self.trainers)
         precision = first.preset.precision
         alone = choose_engine(first.wanted_engine, first.objective, first.model, precision, x, steps)
@@ -147,13 +148,15 @@ class Stack:
         return losses
 
 
-def train_together(
-    trainers: Sequence[Trainer], on_step: OnStep = None, stop: Callable[[], bool] = lambda: False
-) -> None:
+def train_together(trainers: Sequence[Trainer]) -> None:
     """Train runs that `stacks` has put together, each to its end; raises as `Trainer.run` does.
 
-    On `stop()` all write their checkpoints before `Interrupted` is raised.
+    On the first one's `stop()` all write their checkpoints before `Interrupted` is raised.
     """
+    trainers = [trainer for trainer in trainers if trainer.steps_left]
+    if not trainers:
+        return
+    stop = trainers[0].hooks.stop
     stopped = False
 
     def stop_all() -> bool:
@@ -161,9 +164,6 @@ def train_together(
         stopped = stopped or stop()
         return stopped
 
-    trainers = [trainer for trainer in trainers if trainer.steps_left]
-    if not trainers:
-        return
     already = stop()
     with or_interrupted(stop), generators_at():
         stack = Stack(trainers)
@@ -175,8 +175,8 @@ def train_together(
         trainer.engine = stack.engine
         with trainer.own_random_numbers():
             trainer.save()  # a folder that cannot be written shows before the work
-    trainers[0].note(f"{stack.engine.name} steps: {len(trainers)} runs as one")
-    runs = {i: trainer.batches(on_step, stop_all) for i, trainer in enumerate(trainers)}
+    trainers[0].hooks.note(f"{stack.engine.name} steps: {len(trainers)} runs as one")
+    runs = {i: trainer.batches(stop_all) for i, trainer in enumerate(trainers)}
     losses: dict[int, Tensor] = {}
     while runs:
         members, smaller = [], {}

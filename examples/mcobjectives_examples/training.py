@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from mcobjectives_examples.engine import (
     require_engine,
     set_rate,
 )
-from mcobjectives_examples.logs import Log
+from mcobjectives_examples.hooks import NO_HOOKS, Hooks, Interrupted
 from mcobjectives_examples.models import PaperModel, paper_model
 from mcobjectives_examples.provenance import provenance, with_part
 from mcobjectives_examples.results import are_parts
@@ -36,34 +35,8 @@ from mcobjectives_examples.sources import Dataset
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
 
 
-class Interrupted(Exception):
-    """The run was asked to stop and has written its checkpoint."""
-
-
 class TrainingError(RuntimeError):
     """Training went wrong: a bound or a parameter is not finite any more. The last checkpoint is kept."""
-
-
-@contextmanager
-def or_interrupted(stop: Callable[[], bool]) -> Iterator[None]:
-    """What fails inside once `stop()` is true is `Interrupted`: a Ctrl-C stops a compiler too."""
-    try:
-        yield
-    except Exception:
-        if stop():
-            raise Interrupted from None
-        raise
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands, for a progress bar."""
-
-    done: float  # passes
-    passes: int
-
-
-OnStep = Callable[[Progress], None] | None
 
 
 def advance(batches: Generator[Tensor, Tensor | None, None], loss: Tensor | None) -> Tensor | None:
@@ -85,14 +58,13 @@ class Trainer:
         checkpoint: Path,
         *,
         engine: str = "auto",
-        log: Log | None = None,
-        note: Callable[[str], None] = lambda text: None,
+        hooks: Hooks = NO_HOOKS,
     ) -> None:
         require_engine(engine)
         self.config, self.preset, self.device, self.checkpoint = config, config.preset, device, checkpoint
         self.record = config.to_dict(dataset.checksum)
         self.objective = training_objective(config.objective, config.preset)
-        self.wanted_engine, self.log, self.note = engine, log, note
+        self.wanted_engine, self.hooks = engine, hooks
         torch.manual_seed(config.seed)
         self.grey = dataset.train
         drawn = binarise(self.grey, config.binarisation, self._generator("once"))  # an unfit protocol raises here
@@ -118,36 +90,34 @@ class Trainer:
         return (self.preset.passes - self.epoch) * self.steps_per_pass - self.step
 
     @property
-    def progress(self) -> Progress:
-        return Progress(self.epoch + self.step / self.steps_per_pass, self.preset.passes)
+    def passes_done(self) -> float:
+        return self.epoch + self.step / self.steps_per_pass
 
     @property
     def parts(self) -> list[dict[str, Any]]:
         """Up to which pass, by which engine and in which surroundings the run was made; the last is at work."""
         engine = self.engine.name if self.engine else ""
-        now = {"to_pass": self.progress.done, "engine": engine, "provenance": self.surroundings}
+        now = {"to_pass": self.passes_done, "engine": engine, "provenance": self.surroundings}
         return with_part(self.earlier_parts, now)
 
-    def run(self, on_step: OnStep = None, stop: Callable[[], bool] = lambda: False) -> None:
-        """Train to the end of the preset; raises `Interrupted` after a checkpoint once `stop()` is true."""
+    def run(self) -> None:
+        """Train to the end of the preset; raises `Interrupted` after a checkpoint once the hook `stop()` is true."""
         with self.own_random_numbers():
-            step = self._step_function(stop) if self.epoch < self.preset.passes else None
-            batches = self.batches(on_step, stop)
+            step = self._step_function() if self.epoch < self.preset.passes else None
+            batches = self.batches(self.hooks.stop)
             x = advance(batches, None)
             while x is not None and step is not None:
                 x = advance(batches, self.loss(step, x))
 
-    def batches(
-        self, on_step: OnStep = None, stop: Callable[[], bool] = lambda: False
-    ) -> Generator[Tensor, Tensor | None, None]:
+    def batches(self, stop: Callable[[], bool]) -> Generator[Tensor, Tensor | None, None]:
         """The batches from here to the end; each is answered by the loss of the step taken on it.
 
-        The rate is set before a batch and checkpoints are written between them; raises as `run` does.
+        The rate is set before a batch and checkpoints are written between them; raises as `run` does, at this `stop()`.
         """
         self.model.train()
         last_saved = time.monotonic()
         while self.epoch < self.preset.passes:
-            last_saved = yield from self._one_pass(on_step, stop, last_saved)
+            last_saved = yield from self._one_pass(stop, last_saved)
         self.save()
 
     def loss(self, step: Step, x: Tensor) -> Tensor:
@@ -170,13 +140,14 @@ class Trainer:
         finally:
             self.rng = self._rng_state()
 
-    def _step_function(self, stop: Callable[[], bool]) -> Step:
+    def _step_function(self) -> Step:
+        stop = self.hooks.stop
         already = stop()
         precision = self.preset.precision
         # After a restart the same engine as before: another one rounds differently.
         before, x = self.engine, self.first_batch()
         if before and before.name not in ENGINES:
-            self.note(f"the checkpoint is of {before.name} steps, now it goes on alone: last digits may differ")
+            self.hooks.note(f"the checkpoint is of {before.name} steps, now it goes on alone: last digits may differ")
             before = None
         wanted = before.name if before else self.wanted_engine
         chosen = choose_engine(wanted, self.objective, self.model, precision, x, self.steps_left)
@@ -189,13 +160,11 @@ class Trainer:
         if stop() and not already:
             raise Interrupted
         self.engine = made
-        self.note(f"{self.engine.name} steps: {self.engine.why}")
+        self.hooks.note(f"{self.engine.name} steps: {self.engine.why}")
         self.save()  # the choice of engine is kept
         return step
 
-    def _one_pass(
-        self, on_step: OnStep, stop: Callable[[], bool], last_saved: float
-    ) -> Generator[Tensor, Tensor | None, float]:
+    def _one_pass(self, stop: Callable[[], bool], last_saved: float) -> Generator[Tensor, Tensor | None, float]:
         began = time.monotonic()
         order = self._order()
         pixels = self.pixels
@@ -209,8 +178,7 @@ class Trainer:
             assert loss is not None
             self.total -= loss * len(x)
             self.step += 1
-            if on_step is not None:
-                on_step(self.progress)
+            self.hooks.on_progress("train", self.passes_done, self.preset.passes)
             if stop() and self.step < self.steps_per_pass:
                 self.seconds += (time.monotonic() - began) / self.together
                 self.save()
@@ -219,9 +187,8 @@ class Trainer:
         if not math.isfinite(bound):
             raise self._failed(f"the mean bound is {bound}")
         self.history.append(bound)
-        if self.log is not None:
-            self.log(f"train/{name_of(self.config.objective)}", bound, self.epoch + 1)
-            self.log("train/learning_rate", rate, self.epoch + 1)
+        self.hooks.log(f"train/{name_of(self.config.objective)}", bound, self.epoch + 1)
+        self.hooks.log("train/learning_rate", rate, self.epoch + 1)
         self.total.zero_()
         self.epoch, self.step = self.epoch + 1, 0
         now = time.monotonic()
@@ -299,12 +266,16 @@ class Trainer:
             self._set_rng_state(self.rng)
             before, now = state["threads"], torch.get_num_threads()
             device = state.get("device", self.device.type)
-            unknown = [{"to_pass": self.progress.done, "engine": state["engine"], "provenance": None}]
+            unknown = [{"to_pass": self.passes_done, "engine": state["engine"], "provenance": None}]
             self.earlier_parts = _not_empty(state.get("parts", unknown))
         if before != now:
-            self.note(f"the checkpoint is from a run on {before} threads, this is on {now}: last digits may differ")
+            self.hooks.note(
+                f"the checkpoint is from a run on {before} threads, this is on {now}: last digits may differ"
+            )
         if device != self.device.type:
-            self.note(f"the checkpoint is from a run on {device}, this is on {self.device.type}: the noise is another")
+            self.hooks.note(
+                f"the checkpoint is from a run on {device}, this is on {self.device.type}: the noise is another"
+            )
         return True
 
     def _rng_state(self) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from mcobjectives_examples.config import Config
 from mcobjectives_examples.datasets import load
 from mcobjectives_examples.engine import pick_device
 from mcobjectives_examples.evaluating import evaluate_model, test_images
+from mcobjectives_examples.hooks import Hooks
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.presets import Preset
 from mcobjectives_examples.provenance import provenance
@@ -52,7 +53,8 @@ def evaluate_checkpoint(
         errors.print(f"not trained to its end: {passes} of {render.counted(config.preset.passes, 'pass')}")
     with running(how="after this batch") as (stop, bars):
         bar = CellBar(bars, config.name)
-        metrics = evaluate_model(model, test_images(dataset, config), config.preset, bar.update, stop)
+        hooks = Hooks(on_progress=bar.update, stop=stop)
+        metrics = evaluate_model(model, test_images(dataset, config), config.preset, hooks)
         bar.close()
     return config.name, {"config": config.to_dict(checksum), "passes_done": passes, "metrics": metrics}
 
@@ -94,9 +96,9 @@ def draw_figure(
     with running(f"the checkpoint is in {runs}; the same command goes on") as (stop, bars):
         for config in configs:
             bar = CellBar(bars, config.name)
-            hooks: dict[str, Any] = {"on_progress": bar.update, "stop": stop, "note": errors.print}
+            hooks = Hooks(on_progress=bar.update, stop=stop, note=errors.print)
             with cell_lock(runs, config) if config in untrained else nullcontext():
-                models.append(figures.trained(config, loaded, runs, chosen_device, **hooks))
+                models.append(figures.trained(config, loaded, runs, chosen_device, hooks))
             bar.close()
     content = figures.content(number, configs, models, loaded, data_dir)
     record = drawing.save(out, content, configs, loaded, surroundings)

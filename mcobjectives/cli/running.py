@@ -16,11 +16,11 @@ from mcobjectives_examples import render
 from mcobjectives_examples.cells import Place, passes_done, recorded
 from mcobjectives_examples.config import Config
 from mcobjectives_examples.estimates import estimate_seconds
+from mcobjectives_examples.hooks import Hooks, Interrupted, OnProgress
 from mcobjectives_examples.in_turn import run_in_turn
 from mcobjectives_examples.logs import require_tensorboard
 from mcobjectives_examples.side_by_side import run_side_by_side
 from mcobjectives_examples.sources import Dataset
-from mcobjectives_examples.training import Interrupted
 
 
 @contextmanager
@@ -60,18 +60,18 @@ def run_all(
         whole = bars.add_task("cells", total=len(configs), completed=len(configs) - len(absent), unit="cells")
         cells = {config: CellBar(bars, f"{config.layers}L {config.objective} seed {config.seed}") for config in absent}
 
-        def on_progress(config: Config, what: str, done: float, total: float) -> None:
-            cells[config].update(what, done, total)
-
         def on_done(config: Config) -> None:
             cells[config].close()
             bars.advance(whole)
 
-        hooks: dict[str, Any] = {"on_progress": on_progress, "on_done": on_done, "stop": stop, "note": note}
+        def progress_of(config: Config) -> OnProgress:
+            return cells[config].update
+
+        hooks = Hooks(stop=stop, note=note)
         if jobs > 1:
-            run_side_by_side(absent, place, jobs, **hooks)
+            run_side_by_side(absent, place, jobs, hooks, progress_of=progress_of, on_done=on_done)
         else:
-            run_in_turn(absent, dataset, place, stack=stack, **hooks)
+            run_in_turn(absent, dataset, place, hooks, progress_of=progress_of, on_done=on_done, stack=stack)
     return [result for config in configs if (result := recorded(place.out, config, dataset.checksum)) is not None]
 
 
