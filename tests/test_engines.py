@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +18,13 @@ from torch import nn
 
 from mcobjectives import IWAE
 from mcobjectives_examples import checkpoints, compiling, engine
+from mcobjectives_examples.cells import Place
 from mcobjectives_examples.engine import Engine, choose_engine, flat_adam, make_step
+from mcobjectives_examples.estimates import estimate_seconds
 from mcobjectives_examples.hooks import Hooks
 from mcobjectives_examples.precision import in_bfloat16, products, set_precision
 from mcobjectives_examples.presets import configured
+from mcobjectives_examples.stacking import train_together
 from mcobjectives_examples.training import Interrupted
 
 
@@ -95,6 +99,8 @@ def test_a_restart_on_other_threads_is_told(saved, trainer):
 def test_an_unknown_engine_is_refused(trainer):
     with pytest.raises(ValueError, match="unknown engine 'fast': choose from auto, eager, compiled, cuda-graph"):
         trainer(engine="fast")
+    with pytest.raises(ValueError, match="unknown engine 'fast'"):
+        Place(Path(), CPU, engine="fast")
 
 
 def test_a_restart_keeps_the_tensor_that_a_graph_reads_the_rate_from(trainer):
@@ -180,6 +186,13 @@ def test_more_samples_than_memory_could_hold_are_refused_before_a_step(trainer):
     with pytest.raises(ValueError, match=r"^k=1000000000 needs over \S+ GB a step, of \S+ GB on cpu: take fewer"):
         run.run()
     assert run.epoch == run.step == 0
+
+
+def test_nor_are_they_timed_or_stacked(trainer, digits):
+    runs = [trainer(f"{seed}.pt", objective="iwae(k=1_000_000_000)", seed=seed) for seed in (0, 1)]
+    for work in (lambda: estimate_seconds({runs[0].config: 0}, digits, CPU), lambda: train_together(runs)):
+        with pytest.raises(ValueError, match="k=1000000000 needs over"):
+            work()
 
 
 def test_a_step_that_no_memory_could_hold_can_be_traced(trainer):

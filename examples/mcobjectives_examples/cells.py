@@ -14,6 +14,7 @@ import torch
 
 from mcobjectives_examples import checkpoints
 from mcobjectives_examples.config import Config, differing
+from mcobjectives_examples.engine import require_engine
 from mcobjectives_examples.evaluating import evaluate_model, scalars, test_images
 from mcobjectives_examples.files import locked, require_unlocked, write_json
 from mcobjectives_examples.hooks import NO_HOOKS, Hooks, or_interrupted
@@ -24,13 +25,16 @@ from mcobjectives_examples.training import Trainer
 
 @dataclass(frozen=True)
 class Place:
-    """How and where cells are run, and where they are recorded."""
+    """How and where cells are run, and where they are recorded; raises `ValueError` for an engine that is none."""
 
     out: Path
     device: torch.device
     data_dir: Path | None = None
     engine: str = "auto"
     tensorboard: Path | None = None
+
+    def __post_init__(self) -> None:
+        require_engine(self.engine)
 
 
 def result_path(out: Path, config: Config) -> Path:

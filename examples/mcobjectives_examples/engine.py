@@ -17,7 +17,7 @@ from mcobjectives.context import generators_at
 from mcobjectives.messages import first_line
 from mcobjectives.objective import Objective
 from mcobjectives_examples.compiling import SECONDS_TO_COMPILE, compile_whole, compiler_failure
-from mcobjectives_examples.memory import keep_freed_memory, require_memory
+from mcobjectives_examples.memory import keep_freed_memory
 from mcobjectives_examples.precision import products, set_precision
 
 ENGINES = ("eager", "compiled", "cuda-graph")
@@ -97,10 +97,8 @@ def make_step(
     """A function x -> loss that takes one step of an optimiser made by `flat_adam`, and the engine that it came to be.
 
     It is made for batches of the size of this x; another one, a last and smaller batch, is run eagerly. So are all
-    where the objective or the model cannot be compiled: the engine then says why. Raises `ValueError` where no memory
-    could hold the samples.
+    where the objective or the model cannot be compiled: the engine then says why.
     """
-    require_memory(objective, x)
     set_precision(precision)
     keep_freed_memory()
     function = loss_and_gradient(objective, model, precision)
@@ -201,8 +199,6 @@ class _GraphStep:
 
 def choose_engine(wanted: str, objective: Objective, model: nn.Module, precision: str, x: Tensor, steps: int) -> Engine:
     """ "auto" is a CUDA graph on a GPU, and compiles on a CPU where that saves more time than it takes."""
-    require_engine(wanted)
-    require_memory(objective, x)
     if wanted == "eager":
         return Engine("eager", "as asked")
     if wanted == "cuda-graph" or (wanted == "auto" and x.is_cuda):

@@ -11,6 +11,7 @@ from mcobjectives.evaluation import evaluate
 from mcobjectives_examples.config import Config, training_objective
 from mcobjectives_examples.engine import Engine, fastest, flat_adam, make_step
 from mcobjectives_examples.evaluating import test_images
+from mcobjectives_examples.memory import require_memory
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.precision import set_precision
 from mcobjectives_examples.sources import Dataset
@@ -43,6 +44,7 @@ def _time_step(config: Config, dataset: Dataset, device: torch.device) -> float:
     objective = training_objective(config.objective, preset)
     optimiser = flat_adam(model, preset.betas, preset.eps)
     x = dataset.train[: preset.batch_size].to(device)
+    require_memory(objective, x)
     step, _ = make_step(Engine("eager", "to be timed"), objective, model, optimiser, preset.precision, x)
     return fastest(lambda: float(step(x)), 4)
 

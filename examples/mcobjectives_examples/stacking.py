@@ -26,6 +26,7 @@ from mcobjectives_examples.engine import (
     make_step,
 )
 from mcobjectives_examples.hooks import Interrupted, or_interrupted
+from mcobjectives_examples.memory import require_memory
 from mcobjectives_examples.precision import set_precision
 from mcobjectives_examples.training import Trainer, advance
 
@@ -107,6 +108,7 @@ class Stack:
             raise ValueError("cannot be stacked: chunk_size draws random numbers again")
         self.vectors = [trainer.optimiser.param_groups[0]["params"][0] for trainer in trainers]
         x = first.first_batch()
+        require_memory(first.objective, x)
         self.size = len(x)
         set_precision(first.preset.precision)
         function = loss_and_gradient(first.objective, first.model, first.preset.precision)

@@ -27,6 +27,7 @@ from mcobjectives_examples.engine import (
     set_rate,
 )
 from mcobjectives_examples.hooks import NO_HOOKS, Hooks, Interrupted
+from mcobjectives_examples.memory import require_memory
 from mcobjectives_examples.models import PaperModel, paper_model
 from mcobjectives_examples.provenance import provenance, with_part
 from mcobjectives_examples.results import are_parts
@@ -146,6 +147,7 @@ class Trainer:
         precision = self.preset.precision
         # After a restart the same engine as before: another one rounds differently.
         before, x = self.engine, self.first_batch()
+        require_memory(self.objective, x)
         if before and before.name not in ENGINES:
             self.hooks.note(f"the checkpoint is of {before.name} steps, now it goes on alone: last digits may differ")
             before = None

@@ -11,7 +11,6 @@ from mcobjectives_examples import render
 from mcobjectives_examples.cells import Place, passes_done
 from mcobjectives_examples.config import Config
 from mcobjectives_examples.datasets import load
-from mcobjectives_examples.engine import require_engine
 from mcobjectives_examples.findings import findings
 from mcobjectives_examples.paper import paper
 from mcobjectives_examples.presets import Preset
@@ -38,7 +37,6 @@ def reproduce_tables(
     """Run and print a table, or all of them (as JSON: one object, or a list of them)."""
     if stack and jobs > 1:
         raise ValueError("--stack trains cells as one model and --jobs in processes of their own: give one of them")
-    require_engine(place.engine)
     tables: list[tuple[str, list[list[Row]], list[Config]]] = []  # the rows by one protocol or two, and all their cells
     for n in list(paper()["tables"]) if number == "all" else [number]:
         found = [

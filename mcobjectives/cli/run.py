@@ -115,7 +115,7 @@ def train(
     from mcobjectives_examples.cells import Place
     from mcobjectives_examples.config import Config, canonical, capped
     from mcobjectives_examples.datasets import load
-    from mcobjectives_examples.engine import pick_device, require_engine
+    from mcobjectives_examples.engine import pick_device
     from mcobjectives_examples.presets import configured
 
     chosen, cap = configured(preset, overrides or [], precision)
@@ -123,7 +123,6 @@ def train(
     protocol = chosen.binarisation_of(dataset) if binarisation is None else binarisation
     config = Config(dataset, protocol, layers, spec, chosen, seed)
     place = Place(out, pick_device(device), data_dir, engine, tensorboard)
-    require_engine(engine)
     loaded = load(dataset, data_dir, download=download)
     [result] = run_all([config], loaded, place)
     if as_json:
