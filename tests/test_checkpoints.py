@@ -18,7 +18,7 @@ from runs import CPU, TINY, until
 
 from mcobjectives_examples import checkpoints, files, training
 from mcobjectives_examples.checkpoints import CheckpointError
-from mcobjectives_examples.files import OutputError, locked, require_unlocked
+from mcobjectives_examples.files import OutputError, locked, require_unlocked, require_writable
 from mcobjectives_examples.hooks import Hooks
 from mcobjectives_examples.training import TrainingError
 
@@ -77,6 +77,14 @@ def test_a_crash_while_writing_keeps_the_old_file(saved, monkeypatch, function):
         saved.save()
     assert saved.checkpoint.read_bytes() == old
     assert os.listdir(saved.checkpoint.parent) == ["run.pt"]
+
+
+def test_a_file_that_could_not_be_written_is_named_before_the_work(tmp_path):
+    require_writable(tmp_path / "new" / "figure.png")
+    assert not list((tmp_path / "new").iterdir())
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(OutputError, match=r"^cannot write \S+/taken/figure\.png: .*: choose another folder with --out"):
+        require_writable(tmp_path / "taken" / "figure.png")
 
 
 def test_content_is_on_the_disk_before_it_takes_the_name_and_then_the_name_is(saved, monkeypatch):

@@ -54,8 +54,13 @@ def cell_lock(out: Path, config: Config) -> AbstractContextManager[None]:
     return locked(out / config.name)
 
 
-def recorded(out: Path, config: Config, dataset_sha256: str | None = None) -> dict[str, Any] | None:
-    """The recorded result of a cell, None if there is none; raises if the file is another configuration's."""
+def recorded(
+    out: Path, config: Config, dataset_sha256: str | None = None, option: str = "--out"
+) -> dict[str, Any] | None:
+    """The recorded result of a cell, None if there is none; raises if the file is another configuration's.
+
+    `option` is the one that chooses the folder, for messages.
+    """
     path = result_path(out, config)
     if not path.exists():
         return None
@@ -64,12 +69,12 @@ def recorded(out: Path, config: Config, dataset_sha256: str | None = None) -> di
     found = differing(theirs, config.to_dict(dataset_sha256 or str(theirs.get("data_sha256"))))
     if found:
         raise checkpoints.CheckpointError(
-            f"{path} was recorded with other settings ({found}): choose another --out or move it away"
+            f"{path} was recorded with other settings ({found}): choose another {option} or move it away"
         )
     return result
 
 
-def passes_done(out: Path, configs: Sequence[Config], dataset_sha256: str) -> dict[Config, int]:
+def passes_done(out: Path, configs: Sequence[Config], dataset_sha256: str, option: str = "--out") -> dict[Config, int]:
     """How many passes the checkpoints of cells that are to be run hold, 0 without one.
 
     Raises `CheckpointError` where one is broken or another run's, or where a second stage's first one is not among the
@@ -83,14 +88,14 @@ def passes_done(out: Path, configs: Sequence[Config], dataset_sha256: str) -> di
         path = checkpoint_path(out, config)
         if path.exists():
             with checkpoints.readable(path):
-                state = checkpoints.load(path, config.to_dict(dataset_sha256), "cpu")
+                state = checkpoints.load(path, config.to_dict(dataset_sha256), "cpu", option)
                 done[config] = checkpoints.passes_of(state, config.preset.passes)
         elif config.after is not None and config.first_stage_name not in names:
             first = first_stage_path(out, config)
             if not first.exists():
                 raise checkpoints.CheckpointError(
                     f"{config.name} goes on from {first}, which is not there: move {first.stem}.json away to train "
-                    "that first stage again, or choose another --out"
+                    f"that first stage again, or choose another {option}"
                 )
             first_stage(out, config, dataset_sha256)
     return done

@@ -47,9 +47,14 @@ def save(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, lambda file: file.write(content.getbuffer()))
 
 
-def load(path: Path, config: dict[str, Any] | None, device: torch.device | str) -> dict[str, Any]:
-    """Read a checkpoint of this very configuration; nothing but tensors and plain values is ever unpickled."""
-    mend = "give the .pt file of a run" if config is None else "move it away or choose another --out"
+def load(
+    path: Path, config: dict[str, Any] | None, device: torch.device | str, option: str = "--out"
+) -> dict[str, Any]:
+    """Read a checkpoint of this very configuration; nothing but tensors and plain values is ever unpickled.
+
+    `option` is the one that chooses its folder, for messages.
+    """
+    mend = "give the .pt file of a run" if config is None else f"move it away or choose another {option}"
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:  # whose message says how to load it unsafely

@@ -72,9 +72,10 @@ def require_writable(path: Path) -> None:
         raise OutputError(f"cannot write {path}: it is a folder: name a file")
     probe = path.with_name(".probe")
     try:
-        write_atomically(probe, lambda file: None)
-    except OutputError as error:
-        raise OutputError(str(error).replace(str(probe), str(path))) from error
+        with whole_file(probe):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from error
     probe.unlink(missing_ok=True)  # somebody else may look at the same time
 
 

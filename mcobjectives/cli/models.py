@@ -80,12 +80,11 @@ def draw_figure(
     loaded = load(configs[0].dataset, data_dir, download=download)
     if number == 2:
         figures.test_labels(loaded.name, data_dir)  # a missing file shows before the work
-    try:
-        for config in configs:
-            recorded(runs, config, loaded.checksum)  # a checkpoint of other settings than the record's is not made
-        done = passes_done(runs, configs, loaded.checksum)
-    except checkpoints.CheckpointError as error:
-        raise checkpoints.CheckpointError(str(error).replace("--out", "--runs")) from error
+    for config in configs:
+        recorded(
+            runs, config, loaded.checksum, "--runs"
+        )  # a checkpoint of other settings than the record's is not made
+    done = passes_done(runs, configs, loaded.checksum, "--runs")
     files.require_writable(out)
     surroundings = provenance()
     untrained = {config: passes for config, passes in done.items() if passes < config.preset.passes}
