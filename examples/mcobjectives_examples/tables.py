@@ -129,14 +129,14 @@ def rows(
         configs = tuple(replace(config, seed=seed) for seed in seeds)
         found.append(
             Row(
-                row["layers"],
-                row["objective"],
-                after,
-                row["paper"],
-                row.get("bgs16"),
-                configs,
-                first_stages,
-                name == grid["dataset"],
+                layers=row["layers"],
+                objective=row["objective"],
+                after=after,
+                paper=row["paper"],
+                bgs16=row.get("bgs16"),
+                configs=configs,
+                first_stages=first_stages,
+                on_papers_data=name == grid["dataset"],
                 beside=beside,
             )
         )
