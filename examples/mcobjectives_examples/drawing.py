@@ -62,9 +62,13 @@ def save(
 
 def draw(content: Content) -> Figure:
     """The figure, drawn without a display."""
-    if content.number == 2:
-        return _scatter(content)
-    return _manifold(content) if content.number == 5 else _grid(content)
+    match content.parts[0]:
+        case LatentSpace():
+            return _scatter(content)
+        case Reconstruction():
+            return _grid(content)
+        case _:
+            return _manifold(content)
 
 
 def _scatter(content: Content) -> Figure:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,57 +30,6 @@ SIDE = 20
 """Images along one side of the manifold."""
 SHOWN = 10
 """Images of an encode-decode grid."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One of the paper's figures: what it is, on which data, of which models."""
-
-    title: str
-    dataset: str
-    latent: int | None
-    objectives: tuple[str, ...] = ("vae(k=1)", "iwae(k=50)")
-
-
-FIGURES = {
-    2: Figure("Posterior means in two latent dimensions", "mnist", 2),
-    3: Figure("Encoded and decoded again", "mnist", None),
-    4: Figure("Encoded and decoded again, grey pixels", "fashion_mnist", None),
-    5: Figure("The manifold of two latent dimensions", "mnist", 2, ("iwae(k=50)",)),
-}
-
-
-def figure(number: int) -> Figure:
-    """The figure of that number; raises `ValueError` for one that is not drawn from models."""
-    require_choice("figure", number, FIGURES)
-    return FIGURES[number]
-
-
-def configurations(
-    number: int, preset: Preset, *, dataset: str | None = None, seed: int = 0, cap: int | None = None
-) -> list[Config]:
-    """The models that a figure shows, as configurations of a preset; one where a cap on k makes them equal."""
-    wanted = figure(number)
-    name = wanted.dataset if dataset is None else dataset
-    protocol = preset.binarisation_of(name)  # an unknown data set raises here
-    if number == 2:
-        class_names(name)  # as does one without classes
-    specs = dict.fromkeys(canonical(capped(spec, cap)) for spec in wanted.objectives)
-    return [Config(name, protocol, 1, spec, preset, seed, latent=wanted.latent) for spec in specs]
-
-
-def trained(config: Config, dataset: Dataset, runs: Path, device: torch.device, hooks: Hooks = NO_HOOKS) -> PaperModel:
-    """The configuration's model from its checkpoint in `runs`, trained to its end first where it is not."""
-    trainer = trainer_of(config, dataset, Place(runs, device), hooks)
-    if trainer.epoch < config.preset.passes:
-        trainer.run()
-    set_precision("highest")
-    return trainer.model.eval()
-
-
-def model_label(config: Config) -> str:
-    """ "IWAE, k = 50"."""
-    return f"{name_of(config.objective).upper()}, k = {parse_objective(config.objective).k}"
 
 
 @dataclass(frozen=True)
@@ -145,6 +94,125 @@ def manifold(model: PaperModel) -> np.ndarray:
     return model.decode(h).cpu().numpy()
 
 
+Part = LatentSpace | Reconstruction | np.ndarray
+"""What is shown of one model."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a figure shows of its models, what that is in words, and what is beside it.
+
+    Args:
+        images: which of the test images are shown.
+        classes: names of the classes that are told apart.
+    """
+
+    parts: Sequence[Part]
+    words: str
+    images: tuple[int, ...] = ()
+    classes: tuple[str, ...] = ()
+
+
+Show = Callable[[Sequence[str], Sequence[PaperModel], Tensor, Dataset, str | Path | None], Shown]
+"""(labels of the models, models, test images on their device, data set, data folder) -> what is shown."""
+
+
+def _latent_spaces(
+    labels: Sequence[str], models: Sequence[PaperModel], images: Tensor, dataset: Dataset, data_dir: str | Path | None
+) -> Shown:
+    of_images = test_labels(dataset.name, data_dir)
+    spaces = [latent_space(model, images, of_images) for model in models]
+    spreads = _each(labels, [space.spread for space in spaces])
+    words = (
+        f"the posterior means of the {len(images)} test images, coloured by class. Their standard deviation: {spreads}"
+    )
+    return Shown(spaces, words, classes=class_names(dataset.name))
+
+
+def _reconstructions(
+    labels: Sequence[str], models: Sequence[PaperModel], images: Tensor, dataset: Dataset, data_dir: str | Path | None
+) -> Shown:
+    n = len(images)
+    decoded = [reconstruct(model, images) for model in models]
+    means = _each(labels, [one.error for one in decoded])
+    words = (
+        f"{SHOWN} of the {n} test images, and each decoded from its posterior mean, with the cross-entropy in "
+        f"nats. Its mean over all test images: {means}"
+    )
+    return Shown(decoded, words, images=tuple(range(0, n, n // SHOWN))[:SHOWN])
+
+
+def _manifolds(
+    labels: Sequence[str], models: Sequence[PaperModel], images: Tensor, dataset: Dataset, data_dir: str | Path | None
+) -> Shown:
+    words = f"images decoded from a grid of {SIDE} by {SIDE} quantiles of the prior N(0, I)"
+    return Shown([manifold(model) for model in models], words)
+
+
+def _each(labels: Sequence[str], values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.2f} ({label})" for label, value in zip(labels, values, strict=True))
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One of the paper's figures: what it shows, on which data, of which models.
+
+    Args:
+        labelled: whether it needs the class of each image.
+        grey: whether images are taken as they are, rather than as the models' protocol makes them binary.
+    """
+
+    title: str
+    show: Show
+    dataset: str
+    latent: int | None = None
+    objectives: tuple[str, ...] = ("vae(k=1)", "iwae(k=50)")
+    labelled: bool = False
+    grey: bool = False
+
+
+FIGURES = {
+    2: Figure("Posterior means in two latent dimensions", _latent_spaces, "mnist", latent=2, labelled=True),
+    3: Figure("Encoded and decoded again", _reconstructions, "mnist"),
+    # In grey as in the paper: Fashion-MNIST is hard to recognise when binarised.
+    4: Figure("Encoded and decoded again, grey pixels", _reconstructions, "fashion_mnist", grey=True),
+    5: Figure("The manifold of two latent dimensions", _manifolds, "mnist", latent=2, objectives=("iwae(k=50)",)),
+}
+
+
+def figure(number: int) -> Figure:
+    """The figure of that number; raises `ValueError` for one that is not drawn from models."""
+    require_choice("figure", number, FIGURES)
+    return FIGURES[number]
+
+
+def configurations(
+    number: int, preset: Preset, *, dataset: str | None = None, seed: int = 0, cap: int | None = None
+) -> list[Config]:
+    """The models that a figure shows, as configurations of a preset; one where a cap on k makes them equal."""
+    wanted = figure(number)
+    name = wanted.dataset if dataset is None else dataset
+    protocol = preset.binarisation_of(name)  # an unknown data set raises here
+    if wanted.labelled:
+        class_names(name)  # as does one without classes
+    specs = dict.fromkeys(canonical(capped(spec, cap)) for spec in wanted.objectives)
+    return [Config(name, protocol, 1, spec, preset, seed, latent=wanted.latent) for spec in specs]
+
+
+def trained(config: Config, dataset: Dataset, runs: Path, device: torch.device, hooks: Hooks = NO_HOOKS) -> PaperModel:
+    """The configuration's model from its checkpoint in `runs`, trained to its end first where it is not."""
+    trainer = trainer_of(config, dataset, Place(runs, device), hooks)
+    if trainer.epoch < config.preset.passes:
+        trainer.run()
+    set_precision("highest")
+    return trainer.model.eval()
+
+
+def model_label(config: Config) -> str:
+    """ "IWAE, k = 50"."""
+    return f"{name_of(config.objective).upper()}, k = {parse_objective(config.objective).k}"
+
+
 @dataclass(frozen=True)
 class Content:
     """What a figure shows: for each model its label and its numbers, and words for those who do not see it."""
@@ -154,7 +222,7 @@ class Content:
     caption: str
     alt: str
     labels: tuple[str, ...]
-    parts: tuple[LatentSpace | Reconstruction | np.ndarray, ...]
+    parts: tuple[Part, ...]
     shape: tuple[int, int]
     images: np.ndarray
     """The images that are encoded and decoded, `(n, pixels)`; none elsewhere."""
@@ -166,7 +234,7 @@ class Content:
         return {label: _numbers(part) for label, part in zip(self.labels, self.parts, strict=True)}
 
 
-def _numbers(part: LatentSpace | Reconstruction | np.ndarray) -> dict[str, float]:
+def _numbers(part: Part) -> dict[str, float]:
     if isinstance(part, LatentSpace):
         return {"spread_of_means": part.spread, "width_of_q": part.width}
     return {"reconstruction_error": part.error} if isinstance(part, Reconstruction) else {}
@@ -180,53 +248,27 @@ def content(
     data_dir: str | Path | None = None,
 ) -> Content:
     """What a figure shows of trained models, on the test images that their configurations are evaluated on."""
-    config = configs[0]
-    device = next(models[0].parameters()).device
+    wanted, config, preset = figure(number), configs[0], configs[0].preset
     labels = tuple(map(model_label, configs))
-    # Fashion-MNIST is hard to recognise when binarised: as in the paper, figure 4 shows grey pixels.
-    images = dataset.test if number == 4 else test_set(dataset.test, config.binarisation)
-    n = len(images)
-    shown: tuple[int, ...] = ()
-    classes: tuple[str, ...] = ()
-    parts: Sequence[LatentSpace | Reconstruction | np.ndarray]
-    if number == 2:
-        classes = class_names(dataset.name)
-        of_images = test_labels(dataset.name, data_dir)
-        parts = spaces = [latent_space(model, images.to(device), of_images) for model in models]
-        spreads = _each(labels, [space.spread for space in spaces])
-        what = f"the posterior means of the {n} test images, coloured by class. Their standard deviation: {spreads}"
-    elif number == 5:
-        parts = [manifold(model) for model in models]
-        what = f"images decoded from a grid of {SIDE} by {SIDE} quantiles of the prior N(0, I)"
-    else:
-        shown = tuple(range(0, n, n // SHOWN))[:SHOWN]
-        parts = decoded = [reconstruct(model, images.to(device)) for model in models]
-        means = _each(labels, [one.error for one in decoded])
-        what = (
-            f"{SHOWN} of the {n} test images, and each decoded from its posterior mean, with the cross-entropy in "
-            f"nats. Its mean over all test images: {means}"
-        )
-    preset = config.preset
-    title = f"Figure {number}: {figure(number).title}, {dataset.name}"
+    images = dataset.test if wanted.grey else test_set(dataset.test, config.binarisation)
+    device = next(models[0].parameters()).device
+    found = wanted.show(labels, models, images.to(device), dataset, data_dir)
+    title = f"Figure {number}: {wanted.title}, {dataset.name}"
     latent = "" if config.latent is None else f", {config.latent} latent units"
     caption = (
-        f"{' and '.join(labels)} of one stochastic layer{latent}: {what}. "
+        f"{' and '.join(labels)} of one stochastic layer{latent}: {found.words}. "
         f"Preset {preset.name}, {counted(preset.passes, 'pass')}, binarisation {config.binarisation}, "
         f"seed {config.seed}."
     )
     return Content(
-        number,
-        title,
-        caption,
-        f"{title}. {what[0].upper()}{what[1:]}.",
-        labels,
-        tuple(parts),
-        dataset.shape,
-        images.numpy() if shown else np.empty((0, images.shape[1]), np.float32),
-        shown,
-        classes,
+        number=number,
+        title=title,
+        caption=caption,
+        alt=f"{title}. {found.words[0].upper()}{found.words[1:]}.",
+        labels=labels,
+        parts=tuple(found.parts),
+        shape=dataset.shape,
+        images=images.numpy() if found.images else np.empty((0, images.shape[1]), np.float32),
+        shown=found.images,
+        classes=found.classes,
     )
-
-
-def _each(labels: Sequence[str], values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.2f} ({label})" for label, value in zip(labels, values, strict=True))

@@ -78,7 +78,7 @@ def draw_figure(
     chosen_device = pick_device(device)
     configs = figures.configurations(number, preset, dataset=dataset, seed=seed, cap=cap)
     loaded = load(configs[0].dataset, data_dir, download=download)
-    if number == 2:
+    if figures.figure(number).labelled:
         figures.test_labels(loaded.name, data_dir)  # a missing file shows before the work
     for config in configs:
         recorded(
