@@ -12,7 +12,7 @@ from mcobjectives_examples.config import Config, name_of, without_k
 from mcobjectives_examples.metric_tables import cell_name
 from mcobjectives_examples.protocols import by_protocol
 from mcobjectives_examples.records import Records, TableRun
-from mcobjectives_examples.render import HEADER
+from mcobjectives_examples.render import NLL
 from mcobjectives_examples.tables import Row
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
@@ -84,7 +84,7 @@ def _k_curve(run: TableRun, layers: int) -> Iterator[Chart]:
                 lines.append(Line(label, sorted(values.items()), style))
                 legend.append((label, style))
                 listed.append([label, *(f"{values[k]:.2f}" if k in values else "" for k in ks)])
-    title = f"{HEADER[3]} against k, {layers}L"
+    title = f"{NLL} against k, {layers}L"
     table = Table(title, ("", *(f"k = {k}" for k in ks)), listed, tuple(range(1, len(ks) + 1)), "In nats.")
     about = f"{title}: {', '.join(label for label, _ in legend)}. The numbers are in the table."
     yield Chart(line_chart(lines, "k", "NLL, nats", about, log_x=True, dots=True), legend, table)

@@ -51,10 +51,9 @@ def _table(name: str, cells: Records) -> Table:
     recorded = dict.fromkeys(key for result in cells.values() for key in result["metrics"])
     keys = [key for key in NAMES if key in recorded]
     keys += [key for key in recorded if key not in NAMES and key not in _IN_THE_FLAG]
-    flag = render.TRUST_HEADER[1]
     header = ["cell", "seed", *(NAMES.get(key, key.replace("_", " ")) for key in keys), "seconds to train", "engine"]
     at = header.index(NAMES["ess_mean"]) + 1 if NAMES["ess_mean"] in header else 3
-    header.insert(at, flag)
+    header.insert(at, render.KHAT)
     lines = []
     for config, result in cells.items():
         metrics = result["metrics"]

@@ -17,8 +17,10 @@ from mcobjectives_examples.sources import DATASETS
 from mcobjectives_examples.tables import Row
 from mcobjectives_examples.verdicts import LEAST_SEEDS, NOISE, Finding, of_seeds
 
-HEADER = ("L", "objective", "k", "NLL", "paper", "BGS16", "active", "PCA", "KL")
-TRUST_HEADER = ("ESS", "k-hat (too high for)")
+NLL = "NLL"
+KHAT = "k-hat (too high for)"
+HEADER = ("L", "objective", "k", NLL, "paper", "BGS16", "active", "PCA", "KL")
+TRUST_HEADER = ("ESS", KHAT)
 """Beside the NLL where there is room: effective samples of it, and the share of images that have too few."""
 MORE = ("pruned", "reconstruction")
 """Further columns, where there is room: by how much NLL grows without inactive units, and the error in nats."""
@@ -165,11 +167,12 @@ def caption(table_rows: Sequence[Row], *, beside: bool = True) -> str:
 
 def table_blocks(title: str, table_rows: Sequence[Row], found: Sequence[Finding]) -> list[blocks.Block]:
     """The table with how far each NLL can be trusted, its caption, and its findings."""
-    header = (*HEADER[:4], *TRUST_HEADER, *HEADER[4:], *MORE)
+    beside = HEADER.index(NLL) + 1
+    header = (*HEADER[:beside], *TRUST_HEADER, *HEADER[beside:], *MORE)
     lines = []
     for row in table_rows:
         columns = cells(row)
-        lines.append([*columns[:4], *trust(row), *columns[4:], *more_cells(row)])
+        lines.append([*columns[:beside], *trust(row), *columns[beside:], *more_cells(row)])
     shown: list[blocks.Block] = [
         blocks.Table(title, header, lines, tuple(range(2, len(header))), f"{caption(table_rows)}.")
     ]
