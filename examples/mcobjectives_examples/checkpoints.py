@@ -1,4 +1,4 @@
-"""Checkpoints of tensors and plain values, and records in JSON: read with care, refused in one line."""
+"""Checkpoints of tensors and plain values: read with care, refused in one line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import pickle
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,22 +21,6 @@ FORMAT = 2
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be read, or is not this run's. The file is left as it is."""
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; raises `CheckpointError` where it cannot be read, or says a thing twice."""
-    try:
-        return json.loads(path.read_text(), object_pairs_hook=_once_each)
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}: move it away to run that cell again") from error
-
-
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"it has {name!r} twice")
-    return found
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from mcobjectives_examples.origins import origin_blocks
 from mcobjectives_examples.paper import paper, table
 from mcobjectives_examples.provenance import provenances
 from mcobjectives_examples.records import Records, TableRun, missing, read, table_runs
-from mcobjectives_examples.results import FORMATS, record_path
+from mcobjectives_examples.results import FORMATS, read_json, record_path
 
 
 def write_report(folder: Path, out: Path) -> list[Path]:
@@ -103,7 +103,7 @@ def pictures(folder: Path, linked: bool = True) -> Iterator[Picture]:
     for path in sorted(folder.iterdir()):
         record = record_path(path)
         if path.suffix in FORMATS and record.is_file():
-            found = checkpoints.read_json(record)
+            found = read_json(record)
             with checkpoints.readable(record):
                 title, caption, alt = found["title"], found["caption"], found["alt"]
                 source = render.sources([found["provenance"]])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mcobjectives_examples.checkpoints import CheckpointError, read_json
+from mcobjectives_examples.checkpoints import CheckpointError
 
 FORMATS = {".png": "image/png", ".svg": "image/svg+xml"}
 """The files that figures are drawn to, by their suffix, and what they are to a browser."""
@@ -19,6 +21,22 @@ _OF_PRUNING = {"nll_pruned", "nll_unpruned_same_images", "nll_pruned_stderr"}
 def record_path(figure: Path) -> Path:
     """Where a figure's record is."""
     return figure.with_name(f"{figure.name}.json")
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; raises `CheckpointError` where it cannot be read, or says a thing twice."""
+    try:
+        return json.loads(path.read_text(), object_pairs_hook=_once_each)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}: move it away to run that cell again") from error
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"it has {name!r} twice")
+    return found
 
 
 def read_result(path: Path) -> dict[str, Any]:
