@@ -15,7 +15,7 @@ from mcobjectives.likelihoods import discretised_logistic_log_likelihood
 from mcobjectives.testing import check_model
 from mcobjectives_examples import checkpoints
 from mcobjectives_examples.checkpoints import CheckpointError
-from mcobjectives_examples.downloads import DataError, MissingDataError
+from mcobjectives_examples.errors import DataError, MissingDataError
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "convolutional.py"
 spec = importlib.util.spec_from_file_location("convolutional", SCRIPT)

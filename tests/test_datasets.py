@@ -15,7 +15,8 @@ from mcobjectives_examples import datasets, downloads, sources
 from mcobjectives_examples.amat import parse_amat
 from mcobjectives_examples.binarisation import MODES, binarise, test_set
 from mcobjectives_examples.datasets import load
-from mcobjectives_examples.downloads import DataError, MissingDataError, data_dir
+from mcobjectives_examples.downloads import data_dir
+from mcobjectives_examples.errors import DataError, MissingDataError
 from mcobjectives_examples.files import whole_file
 from mcobjectives_examples.sources import DATASETS, Dataset
 

@@ -14,7 +14,7 @@ from mcobjectives_examples.binarisation import test_set
 from mcobjectives_examples.cells import checkpoint_path
 from mcobjectives_examples.checkpoints import CheckpointError
 from mcobjectives_examples.config import Config
-from mcobjectives_examples.downloads import DataError
+from mcobjectives_examples.errors import DataError
 from mcobjectives_examples.hooks import Hooks
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.presets import get_preset

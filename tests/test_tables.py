@@ -12,7 +12,7 @@ from mcobjectives_examples.cells import Place, passes_done, recorded, result_pat
 from mcobjectives_examples.checkpoints import CheckpointError
 from mcobjectives_examples.config import Config
 from mcobjectives_examples.datasets import default_binarisation, load
-from mcobjectives_examples.downloads import DataError
+from mcobjectives_examples.errors import DataError
 from mcobjectives_examples.estimates import estimate_seconds
 from mcobjectives_examples.evaluating import test_images as images_of
 from mcobjectives_examples.files import write_json

@@ -17,8 +17,8 @@ from runs import CPU, EVERY_STEP, MCOBJ, TINY, same, until, wait_for
 
 from mcobjectives_examples import checkpoints, training
 from mcobjectives_examples.config import Config
-from mcobjectives_examples.downloads import DataError
 from mcobjectives_examples.engine import set_rate
+from mcobjectives_examples.errors import DataError
 from mcobjectives_examples.hooks import Hooks
 from mcobjectives_examples.presets import configured
 from mcobjectives_examples.training import Interrupted

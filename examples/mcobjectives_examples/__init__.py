@@ -3,7 +3,7 @@
 In reading order:
 
 - what to run: `paper` (its numbers and grids), `presets`, `config` (what determines a run), `tables` (its cells)
-- data: `sources`, `datasets`, `downloads`, `amat`, `binarisation`, `labels`
+- data: `sources`, `datasets`, `downloads`, `amat`, `binarisation`, `labels`, `errors`
 - the model: `models`, `precision`, `pruning`
 - a training step: `engine`, `compiling`, `memory`
 - a run: `training`, `evaluating`, `cells` (train, evaluate, record), `hooks`, `checkpoints`, `files`, `logs`,

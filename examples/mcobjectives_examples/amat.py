@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mcobjectives_examples.downloads import DataError, file_digest, user_cache
+from mcobjectives_examples.downloads import file_digest, user_cache
+from mcobjectives_examples.errors import DataError
 from mcobjectives_examples.files import whole_file
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from mcobjectives.arguments import require_choice
-from mcobjectives_examples.downloads import DataError
+from mcobjectives_examples.errors import DataError
 
 MODES = ("fixed", "once", "epoch")
 TEST_SEED = 150900519

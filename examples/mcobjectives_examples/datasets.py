@@ -13,7 +13,7 @@ import numpy as np
 
 from mcobjectives.arguments import require_choice
 from mcobjectives_examples import downloads
-from mcobjectives_examples.downloads import DataError, MissingDataError
+from mcobjectives_examples.errors import DataError, MissingDataError
 from mcobjectives_examples.sources import DATASETS, NOT_BGS16S, Dataset, Source, SourceFile
 
 

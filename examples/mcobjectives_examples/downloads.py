@@ -17,6 +17,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from mcobjectives.messages import one_line
+from mcobjectives_examples.errors import DataError
 from mcobjectives_examples.files import whole_file
 
 ATTEMPTS = 3
@@ -24,14 +25,6 @@ TIMEOUT_S = 30.0
 PAUSE_S = 1.0
 
 _DROPPED = (URLError, HTTPException, ConnectionError, TimeoutError, SSLError)
-
-
-class DataError(ValueError):
-    """A data set that cannot be used: one line that says what is wrong, with which value, and the mend."""
-
-
-class MissingDataError(DataError):
-    """A data set whose files are not there."""
 
 
 def user_cache() -> Path:

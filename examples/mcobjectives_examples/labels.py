@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mcobjectives_examples.downloads import DataError, MissingDataError
 from mcobjectives_examples.downloads import data_dir as folder_of
+from mcobjectives_examples.errors import DataError, MissingDataError
 from mcobjectives_examples.sources import DATASETS, DIGITS_SEED
 
 FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")

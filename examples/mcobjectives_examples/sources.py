@@ -19,7 +19,8 @@ import torch
 from mcobjectives_examples import downloads
 from mcobjectives_examples.amat import read_amat
 from mcobjectives_examples.binarisation import binary_pixels
-from mcobjectives_examples.downloads import DataError, file_digest
+from mcobjectives_examples.downloads import file_digest
+from mcobjectives_examples.errors import DataError
 
 DIGITS_SEED = 0
 NOT_BGS16S = "not BGS16's own file"
