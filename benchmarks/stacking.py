@@ -17,7 +17,8 @@ import torch
 from timing import in_turns
 
 from mcobjectives_examples.config import Config
-from mcobjectives_examples.engine import Engine, make_step, pick_device
+from mcobjectives_examples.devices import pick_device
+from mcobjectives_examples.engine import Engine, make_step
 from mcobjectives_examples.files import write_json
 from mcobjectives_examples.presets import get_preset
 from mcobjectives_examples.provenance import provenance

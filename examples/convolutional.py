@@ -30,8 +30,8 @@ from mcobjectives.objective import Objective
 from mcobjectives.specs import parse_objective
 from mcobjectives_examples import checkpoints, files
 from mcobjectives_examples.datasets import load
+from mcobjectives_examples.devices import pick_device
 from mcobjectives_examples.downloads import data_dir
-from mcobjectives_examples.engine import pick_device
 from mcobjectives_examples.errors import DataError, MissingDataError
 from mcobjectives_examples.evaluating import EVALUATION_SEED, random_rows
 from mcobjectives_examples.presets import Preset

@@ -5,7 +5,7 @@ In reading order:
 - what to run: `paper` (its numbers and grids), `presets`, `config` (what determines a run), `tables` (its cells)
 - data: `sources`, `datasets`, `downloads`, `amat`, `binarisation`, `labels`, `errors`
 - the model: `models`, `precision`, `pruning`
-- a training step: `engine`, `compiling`, `memory`
+- a training step: `engine`, `compiling`, `devices`, `memory`
 - a run: `training`, `evaluating`, `cells` (train, evaluate, record), `hooks`, `checkpoints`, `files`, `logs`,
   `provenance`
 - many runs: `in_turn`, `stacking`, `side_by_side`, `estimates` (how long they will take)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from mcobjectives.context import generators_at
 from mcobjectives.messages import first_line
 from mcobjectives.objective import Objective
 from mcobjectives_examples.compiling import SECONDS_TO_COMPILE, compile_whole, compiler_failure
+from mcobjectives_examples.devices import fastest
 from mcobjectives_examples.memory import keep_freed_memory
 from mcobjectives_examples.precision import products, set_precision
 
@@ -226,26 +226,3 @@ def _compiled(why: str, objective: Objective, device: torch.device) -> Engine:
         return Engine("eager", "chunk_size draws random numbers again, which a compiled step cannot")
     failure = compiler_failure(device)
     return Engine("eager", f"no working compiler ({failure})") if failure else Engine("compiled", why)
-
-
-def fastest(run: Callable[[], Any], times: int) -> float:
-    """The least seconds that a run takes, of so many."""
-    elapsed = []
-    for _ in range(times):
-        began = time.perf_counter()
-        run()
-        elapsed.append(time.perf_counter() - began)
-    return min(elapsed)
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one; raises `ValueError` for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        float(torch.zeros((), device=device))  # of "meta" there is none
-    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
-        why = first_line(error).partition(". ")[0]
-        raise ValueError(f"device {name!r} cannot be used: {why}: choose auto, cpu or cuda") from None
-    return device

@@ -9,7 +9,8 @@ import torch
 from mcobjectives.context import generators_at
 from mcobjectives.evaluation import evaluate
 from mcobjectives_examples.config import Config, training_objective
-from mcobjectives_examples.engine import Engine, fastest, flat_adam, make_step
+from mcobjectives_examples.devices import fastest
+from mcobjectives_examples.engine import Engine, flat_adam, make_step
 from mcobjectives_examples.evaluating import test_images
 from mcobjectives_examples.memory import require_memory
 from mcobjectives_examples.models import paper_model

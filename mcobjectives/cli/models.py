@@ -14,7 +14,7 @@ from mcobjectives_examples import checkpoints, drawing, figures, files, render
 from mcobjectives_examples.cells import cell_lock, passes_done, recorded
 from mcobjectives_examples.config import Config
 from mcobjectives_examples.datasets import load
-from mcobjectives_examples.engine import pick_device
+from mcobjectives_examples.devices import pick_device
 from mcobjectives_examples.evaluating import evaluate_model, test_images
 from mcobjectives_examples.hooks import Hooks
 from mcobjectives_examples.models import paper_model

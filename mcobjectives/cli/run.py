@@ -69,7 +69,7 @@ def reproduce(
     """
     from mcobjectives.cli.reproduction import reproduce_tables
     from mcobjectives_examples.cells import Place
-    from mcobjectives_examples.engine import pick_device
+    from mcobjectives_examples.devices import pick_device
     from mcobjectives_examples.presets import configured
 
     chosen, cap = configured(preset, overrides or [], precision)
@@ -115,7 +115,7 @@ def train(
     from mcobjectives_examples.cells import Place
     from mcobjectives_examples.config import Config, canonical, capped
     from mcobjectives_examples.datasets import load
-    from mcobjectives_examples.engine import pick_device
+    from mcobjectives_examples.devices import pick_device
     from mcobjectives_examples.presets import configured
 
     chosen, cap = configured(preset, overrides or [], precision)
