@@ -10,6 +10,7 @@ In reading order:
   `provenance`
 - many runs: `in_turn`, `stacking`, `side_by_side`, `estimates` (how long they will take)
 - what was found: `results`, `records`, `verdicts` (when a difference is one), `findings` (the paper's claims)
-- as text: `render` (tables), `blocks`, `metric_tables`, `curves`, `charts`, `origins`, `report` (all of it as a page)
+- as text: `words`, `render` (tables), `blocks`, `metric_tables`, `curves`, `charts`, `origins`,
+  `report` (all of it as a page)
 - as pictures: `figures`, `drawing`
 """

@@ -23,8 +23,8 @@ from mcobjectives_examples.labels import class_names, test_labels
 from mcobjectives_examples.models import PaperModel
 from mcobjectives_examples.precision import set_precision
 from mcobjectives_examples.presets import Preset
-from mcobjectives_examples.render import counted
 from mcobjectives_examples.sources import Dataset
+from mcobjectives_examples.words import counted
 
 SIDE = 20
 """Images along one side of the manifold."""

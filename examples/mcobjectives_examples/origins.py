@@ -11,9 +11,8 @@ from mcobjectives_examples.blocks import Block, Table
 from mcobjectives_examples.datasets import vouched
 from mcobjectives_examples.presets import Preset
 from mcobjectives_examples.protocols import SETTINGS, plain, preset_names, worded
-from mcobjectives_examples.provenance import provenances
+from mcobjectives_examples.provenance import machine_name, provenances, short_commit
 from mcobjectives_examples.records import Records
-from mcobjectives_examples.render import machine, short_commit
 
 
 def origin_blocks(records: Records) -> list[Block]:
@@ -48,7 +47,7 @@ def _surroundings(results: Iterable[dict[str, Any]]) -> Table:
     parts = [provenances(result) for result in results]
     for source in (part or {} for of_one in parts for part in of_one):
         versions = source.get("versions", {})
-        where = machine(source["machine"]) if "machine" in source else ""
+        where = machine_name(source["machine"]) if "machine" in source else ""
         key = (short_commit(source.get("commit")), where, ", ".join(f"{n} {v}" for n, v in versions.items()))
         groups[key].append(source.get("date", "")[:10])
     lines = [

@@ -9,7 +9,7 @@ from typing import Any
 
 from mcobjectives_examples.presets import Preset
 from mcobjectives_examples.records import Records
-from mcobjectives_examples.render import counted
+from mcobjectives_examples.words import counted
 
 SETTINGS = tuple(f.name for f in fields(Preset) if f.name not in ("name", "about"))
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from mcobjectives_examples.words import counted
+
 
 def provenance(**machine: Any) -> dict[str, Any]:
     """What a recorded result says of its surroundings, as they are when it is begun; no host name and no path.
@@ -72,3 +74,13 @@ def cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def machine_name(record: dict[str, Any]) -> str:
+    """A recorded machine's GPU, or its CPU and how many threads of it."""
+    return record.get("gpu") or f"{record['cpu']}, {counted(record['threads'], 'thread')}"
+
+
+def short_commit(commit: str | None) -> str:
+    """A recorded commit, marked where files differed from it."""
+    return (commit[:10] + ("+changes" if "+" in commit else "")) if commit else "unknown"

@@ -13,9 +13,11 @@ from mcobjectives_examples.config import without_k
 from mcobjectives_examples.datasets import default_binarisation, vouched
 from mcobjectives_examples.paper import table
 from mcobjectives_examples.presets import get_preset
+from mcobjectives_examples.provenance import machine_name, short_commit
 from mcobjectives_examples.sources import DATASETS
 from mcobjectives_examples.tables import Row
 from mcobjectives_examples.verdicts import LEAST_SEEDS, NOISE, Finding, of_seeds
+from mcobjectives_examples.words import counted
 
 NLL = "NLL"
 KHAT = "k-hat (too high for)"
@@ -112,11 +114,6 @@ def _units(values: Sequence[int] | None) -> str:
     return "+".join(map(str, values)) if values else ""
 
 
-def counted(n: int, what: str) -> str:
-    """ "1 pass", "2 passes"."""
-    return f"{n} {what}" + ("" if n == 1 else "es" if what.endswith("s") else "s")
-
-
 def caption(table_rows: Sequence[Row], *, beside: bool = True) -> str:
     """Which protocol, how many passes and seeds, and which data a table's numbers come from.
 
@@ -207,7 +204,7 @@ def sources(provenances: Iterable[dict[str, Any] | None]) -> str:
     dates = sorted(source["date"][:10] for source in known)
     said = [
         *sorted({_libraries(source["versions"]) for source in known}),
-        ", ".join(sorted({machine(s["machine"]) for s in known})),
+        ", ".join(sorted({machine_name(s["machine"]) for s in known})),
         f"commit {', '.join(sorted({short_commit(s['commit']) for s in known}))}",
         dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}",
     ]
@@ -216,14 +213,6 @@ def sources(provenances: Iterable[dict[str, Any] | None]) -> str:
 
 def _libraries(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {versions[name]}" for name in ("mcobjectives", "torch") if name in versions)
-
-
-def machine(record: dict[str, Any]) -> str:
-    return record.get("gpu") or f"{record['cpu']}, {counted(record['threads'], 'thread')}"
-
-
-def short_commit(commit: str | None) -> str:
-    return (commit[:10] + ("+changes" if "+" in commit else "")) if commit else "unknown"
 
 
 def _difference(row: Row) -> float | None:

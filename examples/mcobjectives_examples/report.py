@@ -21,6 +21,7 @@ from mcobjectives_examples.paper import paper, table
 from mcobjectives_examples.provenance import provenances
 from mcobjectives_examples.records import Records, TableRun, missing, read, table_runs
 from mcobjectives_examples.results import FORMATS, read_json, record_path
+from mcobjectives_examples.words import counted
 
 
 def write_report(folder: Path, out: Path) -> list[Path]:
@@ -84,7 +85,7 @@ def _summary(records: Records, runs: Sequence[TableRun], drawings: Sequence[Pict
     numbers = list(dict.fromkeys(run.number for run in runs))
     tables = f", of the paper's {'table' if len(numbers) == 1 else 'tables'} {', '.join(numbers)}" if numbers else ""
     items = [
-        f"{render.counted(len(records), 'cell')} recorded{tables}",
+        f"{counted(len(records), 'cell')} recorded{tables}",
         f"The paper's claims: {', '.join(f'{n} {verdict}' for verdict, n in verdicts.most_common())}"
         if verdicts
         else "",
@@ -93,7 +94,7 @@ def _summary(records: Records, runs: Sequence[TableRun], drawings: Sequence[Pict
         f"standard error tells{f'; of {unknown} k-hat is not known' if unknown else ''}"
         if records
         else "",
-        f"{render.counted(len(drawings), 'figure')} drawn" if drawings else "",
+        f"{counted(len(drawings), 'figure')} drawn" if drawings else "",
     ]
     return Bullets([item for item in items if item])
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from mcobjectives.cli.running import announce, running
 from mcobjectives.cli.show import CellBar, console, errors, grid
-from mcobjectives_examples import checkpoints, drawing, figures, files, render
+from mcobjectives_examples import checkpoints, drawing, figures, files
 from mcobjectives_examples.cells import cell_lock, passes_done, recorded
 from mcobjectives_examples.config import Config
 from mcobjectives_examples.datasets import load
@@ -20,6 +20,7 @@ from mcobjectives_examples.hooks import Hooks
 from mcobjectives_examples.models import paper_model
 from mcobjectives_examples.presets import Preset
 from mcobjectives_examples.provenance import provenance
+from mcobjectives_examples.words import counted
 
 
 def print_metrics(name: str, result: dict[str, Any], out: Path | None) -> None:
@@ -50,7 +51,7 @@ def evaluate_checkpoint(
         model = paper_model(config.layers, dataset.train.mean(0), config.latent).to(chosen_device)
         model.load_state_dict(state["model"])
     if passes < config.preset.passes:
-        errors.print(f"not trained to its end: {passes} of {render.counted(config.preset.passes, 'pass')}")
+        errors.print(f"not trained to its end: {passes} of {counted(config.preset.passes, 'pass')}")
     with running(how="after this batch") as (stop, bars):
         bar = CellBar(bars, config.name)
         hooks = Hooks(on_progress=bar.update, stop=stop)

@@ -12,7 +12,6 @@ import typer
 from rich.progress import Progress
 
 from mcobjectives.cli.show import CellBar, duration, errors, interruptible, progress
-from mcobjectives_examples import render
 from mcobjectives_examples.cells import Place, passes_done, recorded
 from mcobjectives_examples.config import Config
 from mcobjectives_examples.estimates import estimate_seconds
@@ -21,6 +20,7 @@ from mcobjectives_examples.in_turn import run_in_turn
 from mcobjectives_examples.logs import require_tensorboard
 from mcobjectives_examples.side_by_side import run_side_by_side
 from mcobjectives_examples.sources import Dataset
+from mcobjectives_examples.words import counted
 
 
 @contextmanager
@@ -88,6 +88,6 @@ def announce(done: Mapping[Config, int], dataset: Dataset, device: torch.device)
     most = "at most about" if device.type == "cpu" else "about"  # these steps were not compiled
     advice = "" if seconds < 600 or preset.name == "smoke" else "; --preset smoke would take minutes"
     errors.print(
-        f"{render.counted(len(done), 'cell')} to run with preset {preset.name} "
-        f"({render.counted(preset.passes, 'pass')}) on {device}{going_on}: {most} {duration(seconds)}{advice}"
+        f"{counted(len(done), 'cell')} to run with preset {preset.name} "
+        f"({counted(preset.passes, 'pass')}) on {device}{going_on}: {most} {duration(seconds)}{advice}"
     )
