@@ -145,9 +145,9 @@ class Row(NamedTuple):
 
 
 class Comparison(list[Row]):
-    """Rows of a comparison. `str` or `print` shows them as a table."""
+    """Rows of a comparison, shown as a table."""
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         head = ("objective", "group", "|gradient|", "bias", "+-", "variance", "SNR", "ms")
         cells = [[_label(row[0]), row[1], *(f"{number:.3g}" for number in row[2:])] for row in self]
         widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]

@@ -348,7 +348,9 @@ def test_noise_is_taken_off_the_bias(exact, bias):
 
 def test_the_table():
     row = Row(IWAE(k=5, gradient="dreg"), "encoder", 1.5, 0.0, 0.0123456, 2e-7, math.inf, 12.3456)
-    lines = str(Comparison([row, row._replace(objective=noisy(), group="b")])).splitlines()
+    table = Comparison([row, row._replace(objective=noisy(), group="b")])
+    assert repr(table) == str(table)  # as a notebook shows it
+    lines = str(table).splitlines()
     assert lines[0].split() == ["objective", "group", "|gradient|", "bias", "+-", "variance", "SNR", "ms"]
     assert lines[1].split() == [
         *("IWAE(k=5,", "gradient='dreg')", "encoder"),

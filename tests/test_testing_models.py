@@ -18,7 +18,7 @@ from torch.distributions import (
     Uniform,
 )
 
-from mcobjectives.testing import ConformanceError, check_model
+from mcobjectives.testing import ConformanceError, Finding, check_model
 from mcobjectives.testing.models import model_findings
 
 torch.set_num_threads(1)
@@ -274,6 +274,15 @@ MODEL_MUTANTS = {
 def test_the_sound_model_conforms(x, seed):
     findings = check_model(Gaussian(), x, seed=seed)
     assert {f.property for f in findings if not f.passed} == {"log_joint"}  # given in one way only: unchecked
+
+
+def test_findings_are_a_list_that_is_shown_one_to_a_line(x):
+    findings = check_model(Gaussian(), x)
+    assert findings == list(findings) and findings[0] == Finding("methods", True)
+    assert repr(findings) == str(findings)
+    lines = repr(findings).splitlines()
+    assert len(lines) == len(findings) and lines[0].split() == ["methods", "passed"]
+    assert lines[4] == "log_joint   not checked: the model gives log p(x, h) in one way only"
 
 
 @pytest.mark.parametrize("mutant", MODEL_MUTANTS, ids=lambda c: c.__name__)

@@ -20,6 +20,19 @@ class Finding(NamedTuple):
     message: str = ""
 
 
+class Findings(list[Finding]):
+    """The findings of one check, shown one to a line."""
+
+    def __repr__(self) -> str:
+        width = max((len(f.property) for f in self), default=0)
+        return "\n".join(f"{f.property.ljust(width)}  {_described(f)}" for f in self)
+
+
+def _described(finding: Finding) -> str:
+    words = {True: "passed", False: "broken", None: "not checked"}[finding.passed]
+    return f"{words}: {finding.message}" if finding.message else words
+
+
 class ConformanceError(AssertionError):
     """An objective, estimator or model breaks its promises; lists each property, its numbers and the usual cause."""
 
@@ -58,11 +71,11 @@ def find(name: str, cause: str, check: Callable[[], None]) -> Finding:
     return Finding(name, True)
 
 
-def verdict(subject: Any, findings: list[Finding]) -> list[Finding]:
+def verdict(subject: Any, findings: list[Finding]) -> Findings:
     """The findings, if none is bad."""
     if any(f.passed is False for f in findings):
         raise ConformanceError(subject, findings)
-    return findings
+    return Findings(findings)
 
 
 @contextmanager
