@@ -140,3 +140,53 @@ class Bounded(Gaussian):
 
     def log_prior(self, h):
         return 0 * h.sum(-1)
+
+
+class Masked(Gaussian):
+    """Sequences of other lengths, padded; q(h | x) goes from step to step, both densities leave padded steps out."""
+
+    steps, data = 4, 2
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.GRU(self.data, 4, batch_first=True), nn.Linear(2, self.data)
+        self.moments_of, self.transition = nn.Linear(4 + 2, 4), nn.Linear(2, 2)
+
+    def batch(self):
+        generator = torch.Generator().manual_seed(1)
+        lengths = torch.tensor([self.steps, 2, 3, 1])
+        return {"x": torch.randn(4, self.steps, self.data, generator=generator), "lengths": lengths}
+
+    def summed(self, log_density, x):
+        return (log_density.sum(-1) * (torch.arange(self.steps) < x["lengths"][:, None])).sum(-1)
+
+    def posterior(self, x):
+        seen, _ = self.encoder(x["x"])
+
+        def step(seen, before):
+            mean, log_sd = (
+                self.moments_of(torch.cat([seen.expand(*before.shape[:-1], 4), before], -1)).tanh().chunk(2, -1)
+            )
+            return Normal(mean, log_sd.exp())
+
+        def rsample(shape):
+            h = [torch.zeros(*shape, len(seen), 2)]
+            for t in range(self.steps):
+                h.append(step(seen[:, t], h[-1]).rsample())
+            return torch.stack(h[1:], -2)
+
+        return Own(rsample, lambda h: self.log_q(step(seen, before(h)).log_prob(h), x))
+
+    def log_q(self, log_density, x):
+        return self.summed(log_density, x)
+
+    def log_joint(self, x, h):
+        prior = Normal(self.transition(before(h)), 1.0).log_prob(h)
+        return self.summed(torch.cat([prior, Normal(self.decoder(h), 1.0).log_prob(x["x"])], -1), x)
+
+    log_likelihood = log_prior = None
+
+
+def before(h):
+    """Each step's predecessor."""
+    return torch.cat([torch.zeros_like(h[..., :1, :]), h[..., :-1, :]], -2)

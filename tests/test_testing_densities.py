@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from kit_models import Bounded, Discrete, Gaussian, Own, Positive, Wide
+from kit_models import Bounded, Discrete, Gaussian, Masked, Own, Positive, Wide
 from torch import nn
 from torch.distributions import (
     Bernoulli,
@@ -123,3 +123,67 @@ def test_rounding_is_no_bias_of_the_score(x, seed):
     check_model(OneOfTwo(), x, seed=seed)
     with pytest.raises(ConformanceError, match="grad log q"):
         check_model(type("Wrong", (OneOfTwo,), {"wrong": 3.0})(), x, seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_steps_that_both_densities_leave_out_are_no_failure(seed):
+    torch.manual_seed(seed)
+    model = Masked()
+    found = {f.property: f for f in check_model(model, model.batch(), seed=seed)}
+    assert all(found[name].passed for name in ("score", "normalised", "pathwise"))
+
+
+class MaskedInQAlone(Masked):
+    def log_joint(self, x, h):
+        return super().log_joint(x | {"lengths": torch.full_like(x["lengths"], self.steps)}, h)
+
+
+class OneUnitMissing(Masked):
+    def log_q(self, log_density, x):
+        return super().log_q(log_density[..., :-1], x)
+
+
+class OneUnitMissingAndSeenByItsSign(Masked):
+    """p depends on that unit by a step, which has no gradient."""
+
+    def posterior(self, x):
+        mean = self.moments_of(torch.cat([self.encoder(x["x"])[0][:, 1], x["x"][:, 0]], -1))[..., :2]
+        q = Independent(Normal(mean, 0.5), 1)
+        return Own(q.rsample, lambda h: Normal(mean[..., 0], 0.5).log_prob(h[..., 0]))
+
+    def log_joint(self, x, h):
+        h = self.transition(torch.cat([h[..., :1], h[..., 1:].sign()], -1))
+        return Normal(self.decoder(h), 1.0).log_prob(x["x"][:, 0]).sum(-1)
+
+
+@pytest.mark.parametrize("mutant", [MaskedInQAlone, OneUnitMissing, OneUnitMissingAndSeenByItsSign])
+def test_what_q_alone_leaves_out_is_found_with_an_exemption_too(mutant):
+    torch.manual_seed(0)
+    model = mutant()
+    for exempt, broken in ((set(), "normalised"), ({"normalised"}, "pathwise")):
+        with pytest.raises(ConformanceError) as raised:
+            check_model(model, model.batch(), exempt=exempt)
+        assert raised.value.properties == {broken}, str(raised.value)
+
+
+class FlatInOneUnit(Gaussian):
+    """One unit is uniform in q and in p, and the decoder does not read it: no slope there, though q has a density."""
+
+    def posterior(self, x):
+        q, flat = super().posterior(x), Uniform(torch.zeros(len(x), 1), 2 * torch.ones(len(x), 1))
+
+        def rsample(shape):
+            return torch.cat([q.rsample(shape), flat.rsample(shape)], -1)
+
+        return Own(rsample, lambda h: q.log_prob(h[..., :2]) + flat.log_prob(h[..., 2:]).sum(-1))
+
+    def log_likelihood(self, x, h):
+        return super().log_likelihood(x, h[..., :2])
+
+    def log_prior(self, h):
+        return super().log_prior(h[..., :2]) - math.log(2)
+
+
+def test_a_unit_with_a_flat_density_is_not_left_out(x):
+    [finding] = [f for f in check_model(FlatInOneUnit(), x) if f.property == "normalised"]
+    assert finding.passed is None and "bounded" in finding.message

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mcobjectives.context import generators_at
 from mcobjectives.model import Latent
+from mcobjectives.model import log_joint as density_of
 from mcobjectives.reductions import effective_sample_size
 from mcobjectives.sampling import detached, draw, has_rsample
 from mcobjectives.testing.report import Broken, Unchecked
@@ -55,14 +57,40 @@ def score_identity(model: Any, x: Any, seed: int) -> None:
     _vanishes(model, seed, mean_log_q, "the mean of grad log q(h | x) over samples is not 0 but")
 
 
+def unweighted(model: Any, x: Any, h: Latent) -> list[Tensor]:
+    """Where no log-weight depends on h, as at padded steps: of each part `(batch, ...)`; nowhere if on all of h."""
+    parts, structure = pytree.tree_flatten(detached(h))
+    nowhere = [torch.zeros_like(part[0], dtype=torch.bool) for part in parts]
+    smooth = [i for i, part in enumerate(parts) if part.is_floating_point()]
+
+    def densities(parts: list[Tensor]) -> Tensor:
+        given = pytree.tree_unflatten(parts, structure)
+        with generators_at():  # the same dropout each time
+            return torch.stack([model.posterior(x).log_prob(given), density_of(model, x)(given)])
+
+    before = densities([part.requires_grad_() if i in smooth else part for i, part in enumerate(parts)])
+    if not (smooth and before.requires_grad):
+        return nowhere
+    found = list(nowhere)
+    grads = torch.autograd.grad(before.sum(), [parts[i] for i in smooth], allow_unused=True)
+    for i, grad in zip(smooth, grads, strict=True):
+        found[i] = ~nowhere[i] if grad is None else (grad == 0).all(0)
+    with torch.no_grad():  # a detach, or a step function, has no gradient either
+        after = densities([torch.where(at, part.roll(1, 0), part) for at, part in zip(found, parts, strict=True)])
+    return nowhere if all(at.all() for at in found) or not torch.allclose(before, after) else found
+
+
 def pathwise_identity(model: Any, x: Any, seed: int) -> None:
     """grad E_q f(h) by the path through the samples is that by the score of q, for a bounded f."""
     if not has_rsample(model.posterior(x)):
         raise Unchecked("the posterior has no rsample")
-    pilot = pytree.tree_leaves(draw(model.posterior(x), _SAMPLES))
+    drawn = draw(model.posterior(x), _SAMPLES)
+    pilot = pytree.tree_leaves(drawn)
     generator = torch.Generator().manual_seed(seed)
     moments = [(part.mean(0), part.std(0).clamp(min=1e-6)) for part in pilot]
     signs = [torch.randint(0, 2, (2, *part.shape[1:]), generator=generator).to(part) * 2 - 1 for part in pilot]
+    # The score of q does not cover what its density leaves out.
+    signs = [sign * ~at for sign, at in zip(signs, unweighted(model, x, drawn), strict=True)]
 
     def f(h: Latent) -> Tensor:
         total = torch.zeros(())
@@ -116,8 +144,12 @@ def _vanishes(model: Any, seed: int, scalar: Callable[[], Tensor], what: str) ->
         )
 
 
-def normalisation(posterior: Any) -> None:
-    """E_q r(h) / q(h | x) = 1 for a density r near q; for discrete h, what was seen holds as much mass as it should."""
+def normalisation(model: Any, x: Any) -> None:
+    """E_q r(h) / q(h | x) = 1 for a density r near q; for discrete h, what was seen holds as much mass as it should.
+
+    Over all of h, or over what the log-weights depend on.
+    """
+    posterior = model.posterior(x)
     h = draw(posterior, _DRAWS)
     with torch.no_grad():
         log_q = posterior.log_prob(h)[:, :_POINTS].cpu().double()
@@ -128,7 +160,21 @@ def normalisation(posterior: Any) -> None:
     if any(discrete) and not all(discrete):
         raise Unchecked("normalisation cannot be told for a mixture of discrete and continuous parts")
     check = _discrete_mass if all(discrete) else _continuous_mass
-    unclear = [check(flat[:, j], log_q[:, j], f"q(h | x) of data point {j}") for j in range(flat.shape[1])]
+    apart = unweighted(model, x, pytree.tree_map(lambda part: part[:_SAMPLES], h))
+    used = ~torch.cat([at[:_POINTS].reshape(flat.shape[1], -1) for at in apart], 1).cpu()
+
+    def unclear_at(j: int) -> str:
+        what = f"q(h | x) of data point {j}"
+        if not used[j].any():
+            return "no log-weight depends on h"
+        try:
+            return check(flat[:, j], log_q[:, j], what)
+        except Broken:
+            if used[j].all():
+                raise
+        return check(flat[:, j, used[j]], log_q[:, j], what)
+
+    unclear = [unclear_at(j) for j in range(flat.shape[1])]
     if all(unclear):
         raise Unchecked(f"normalisation cannot be told: {unclear[0]}")
 

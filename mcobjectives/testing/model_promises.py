@@ -103,7 +103,7 @@ def pathwise(s: Subject) -> None:
 
 
 def normalised(s: Subject) -> None:
-    normalisation(s.model.posterior(s.x))
+    normalisation(s.model, s.x)
 
 
 def rows_of(s: Subject, x: Any) -> int:
