@@ -125,7 +125,7 @@ def test_rounding_is_no_bias_of_the_score(x, seed):
         check_model(type("Wrong", (OneOfTwo,), {"wrong": 3.0})(), x, seed=seed)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(4))  # with 3 samples miss a quarter of the Gaussian that q is compared with
 def test_steps_that_both_densities_leave_out_are_no_failure(seed):
     torch.manual_seed(seed)
     model = Masked()
