@@ -15,7 +15,10 @@ from torch.distributions import (
     LogNormal,
     Normal,
     OneHotCategorical,
+    Transform,
+    TransformedDistribution,
     Uniform,
+    constraints,
 )
 
 from mcobjectives.testing import ConformanceError, Finding, check_model
@@ -550,3 +553,60 @@ def test_values_that_p_rules_out_are_no_failure_of_a_joint_or_of_seeds():
     torch.manual_seed(0)
     found = {f.property: f for f in check_model(OneHot(), x)}
     assert found["log_joint"].passed and found["seeds"].passed and found["gradients"].passed
+
+
+class Bend(Transform):
+    """A flow's step without an inverse."""
+
+    domain = codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, slope, cache_size):
+        super().__init__(cache_size)
+        self.slope = slope
+
+    def _call(self, z):
+        return z + self.slope.sigmoid() * z.tanh()
+
+    def log_abs_det_jacobian(self, z, h):
+        return (1 + self.slope.sigmoid() * (1 - z.tanh().square())).log().sum(-1)
+
+
+class WithoutInverse(Gaussian):
+    cache_size = 1
+
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.zeros(()))
+
+    def posterior(self, x):
+        return TransformedDistribution(super().posterior(x), [Bend(self.slope, self.cache_size)])
+
+
+class WithoutInverseAndCache(WithoutInverse):
+    cache_size = 0
+
+
+class LeaksWithoutInverse(WithoutInverse):
+    def log_likelihood(self, x, h):
+        return super().log_likelihood(x, h - 0.1 * h.mean(1, keepdim=True))
+
+
+def test_of_a_flow_without_an_inverse_is_checked_what_needs_none(x):
+    found = {f.property: f for f in check_model(WithoutInverse(), x)}
+    open_ones = {"score", "leak", "sizes", "pathwise"}
+    assert {name for name, f in found.items() if f.passed is None} == open_ones | {"log_joint"}
+    why = "Bend has no inverse, so log q(h | x) is known of the latest samples alone"
+    assert {found[name].message for name in open_ones} == {why}
+
+
+def test_what_is_wrong_with_p_is_found_of_a_flow_without_an_inverse_too(x):
+    with pytest.raises(ConformanceError) as raised:
+        check_model(LeaksWithoutInverse(), x)
+    assert raised.value.properties == {"leak", "sizes"}
+
+
+def test_a_flow_without_an_inverse_or_a_cache_is_told_what_to_do(x):
+    with pytest.raises(ConformanceError, match=r"for Bend of q has no inverse.*make it with cache_size=1") as raised:
+        check_model(WithoutInverseAndCache(), x)
+    assert raised.value.properties == {"methods"}

@@ -14,7 +14,7 @@ from mcobjectives.context import generators_at
 from mcobjectives.model import Latent
 from mcobjectives.model import log_joint as density_of
 from mcobjectives.reductions import effective_sample_size
-from mcobjectives.sampling import detached, draw, has_rsample
+from mcobjectives.sampling import caches, detached, draw, has_rsample, without_inverse
 from mcobjectives.testing.report import Broken, Unchecked
 
 LARGEST_Z = 6.0
@@ -40,8 +40,29 @@ def dense(gradient: Tensor) -> Tensor:
     return gradient.to_dense() if gradient.is_sparse else gradient
 
 
+def of_latest_alone(posterior: Any) -> str:
+    """Why q knows its density at its latest samples alone, if it does."""
+    if not caches(posterior):
+        return ""
+    with torch.no_grad(), generators_at():
+        try:
+            posterior.log_prob(detached(draw(posterior, 1)))
+        except (NotImplementedError, KeyError):  # KeyError from Pyro
+            transform = without_inverse(posterior)
+            name = "a transform of q" if transform is None else type(transform).__name__
+            return f"{name} has no inverse, so log q(h | x) is known of the latest samples alone"
+    return ""
+
+
+def require_given(posterior: Any) -> None:
+    """Leave unchecked what takes log q(h | x) at samples that it did not just draw, where q has no inverse."""
+    if why := of_latest_alone(posterior):
+        raise Unchecked(why)
+
+
 def score_identity(model: Any, x: Any, seed: int) -> None:
     """E_q grad log q(h | x) = 0."""
+    require_given(model.posterior(x))
     pilot = draw(model.posterior(x), _SAMPLES)
     if all(map(is_whole, pytree.tree_leaves(pilot))):
         with torch.no_grad():
@@ -68,6 +89,8 @@ def unweighted(model: Any, x: Any, h: Latent) -> list[Tensor]:
         with generators_at():  # the same dropout each time
             return torch.stack([model.posterior(x).log_prob(given), density_of(model, x)(given)])
 
+    if of_latest_alone(model.posterior(x)):
+        return nowhere
     before = densities([part.requires_grad_() if i in smooth else part for i, part in enumerate(parts)])
     if not (smooth and before.requires_grad):
         return nowhere
@@ -84,6 +107,7 @@ def pathwise_identity(model: Any, x: Any, seed: int) -> None:
     """grad E_q f(h) by the path through the samples is that by the score of q, for a bounded f."""
     if not has_rsample(model.posterior(x)):
         raise Unchecked("the posterior has no rsample")
+    require_given(model.posterior(x))
     drawn = draw(model.posterior(x), _SAMPLES)
     pilot = pytree.tree_leaves(drawn)
     generator = torch.Generator().manual_seed(seed)

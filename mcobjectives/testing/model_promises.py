@@ -10,8 +10,15 @@ from torch.utils import _pytree as pytree
 
 from mcobjectives.model import Latent, called, has_methods, log_weights
 from mcobjectives.model import log_joint as density_of
-from mcobjectives.sampling import detached, draw, has_rsample
-from mcobjectives.testing.densities import is_whole, normalisation, pathwise_identity, score_identity
+from mcobjectives.sampling import detached, draw, has_rsample, without_inverse
+from mcobjectives.testing.densities import (
+    is_whole,
+    normalisation,
+    of_latest_alone,
+    pathwise_identity,
+    require_given,
+    score_identity,
+)
 from mcobjectives.testing.report import Broken, Unchecked
 
 
@@ -26,9 +33,11 @@ class Subject(NamedTuple):
 
 
 def _log_w(s: Subject, x: Any, h: Latent) -> Tensor:
-    """The log-weights of given samples, `(k, batch)`."""
+    """The log-weights of given samples, `(k, batch)`; log p(x, h) alone where q has no density at them."""
+    posterior = s.model.posterior(x)
     with torch.no_grad():
-        return density_of(s.model, x)(h) - s.model.posterior(x).log_prob(h)
+        log_p = density_of(s.model, x)(h)
+        return log_p if of_latest_alone(posterior) else log_p - posterior.log_prob(h)
 
 
 # Form.
@@ -39,6 +48,12 @@ def methods(s: Subject) -> None:
     density_of(s.model, s.x)
     if not has_methods(posterior, "log_prob") or not (has_methods(posterior, "sample") or has_rsample(posterior)):
         raise Broken(f"posterior(x) is a {type(posterior).__name__} without log_prob, or without sample and rsample")
+    transform = without_inverse(posterior)
+    if transform is not None and not transform._cache_size:
+        raise Broken(
+            f"log q(h | x) is not known at any samples, for {type(transform).__name__} of q has no inverse",
+            "a transform without a cache: make it with cache_size=1",
+        )
 
 
 def shape(s: Subject) -> None:
@@ -116,7 +131,10 @@ def rows_of(s: Subject, x: Any) -> int:
 def _ignores_x(s: Subject) -> bool:
     """Whether q(h | x) stays as it is when a data point becomes another."""
     with torch.no_grad():
-        h = detached(draw(s.model.posterior(s.x), s.k))
+        posterior = s.model.posterior(s.x)
+        if of_latest_alone(posterior):
+            return False
+        h = detached(draw(posterior, s.k))
         both = (s.model.posterior(x).log_prob(h) for x in (s.x, _overwritten(s.x, 0, 0)))
         return torch.equal(*both)
 
@@ -180,6 +198,7 @@ def leak(s: Subject) -> None:
     row[0] = False
     torch.manual_seed(s.seed)
     _untouched(before, _log_w(s, s.x, _overwritten(h, 0, 0)), row, "changing sample 0", "sample")
+    require_given(s.model.posterior(s.x))
 
 
 def _repeatable(s: Subject, h: Latent) -> Tensor:
@@ -236,13 +255,17 @@ def sizes(s: Subject) -> None:
                 f"the log-weight [{i}, {j}] of the same sample is {value[i, j]:.7g} in {what}, and {part[i, j]:.7g} "
                 "otherwise"
             )
+    require_given(s.model.posterior(s.x))
 
 
 def seeds(s: Subject) -> None:
     found = []
     for _ in range(2):
         torch.manual_seed(s.seed)
-        found.append(_log_w(s, s.x, draw(s.model.posterior(s.x), s.k)))
+        posterior = s.model.posterior(s.x)
+        h = draw(posterior, s.k)
+        with torch.no_grad():
+            found.append(density_of(s.model, s.x)(h) - posterior.log_prob(h))
     if not torch.equal(found[0], found[1]):
         i, j = (int(n) for n in (found[0] != found[1]).nonzero()[0])
         raise Broken(f"with one seed the log-weight [{i}, {j}] is {found[0][i, j]:.9g}, then {found[1][i, j]:.9g}")
