@@ -610,3 +610,34 @@ def test_a_flow_without_an_inverse_or_a_cache_is_told_what_to_do(x):
     with pytest.raises(ConformanceError, match=r"for Bend of q has no inverse.*make it with cache_size=1") as raised:
         check_model(WithoutInverseAndCache(), x)
     assert raised.value.properties == {"methods"}
+
+
+class Remembers(Gaussian):
+    """log q(h | x) is stored as samples are drawn, as public code for inverse autoregressive flows does."""
+
+    def posterior(self, x):
+        q, known = super().posterior(x), {}
+
+        def rsample(shape):
+            h = q.rsample(shape)
+            known["log_q"] = q.log_prob(h)
+            return h
+
+        return Own(rsample, lambda h: known["log_q"])
+
+
+class RemembersForGood(Remembers):
+    """The same where posterior(x) is one object at each call."""
+
+    def posterior(self, x):
+        if not hasattr(self, "kept"):
+            object.__setattr__(self, "kept", super().posterior(x.detach()))
+        return self.kept
+
+
+@pytest.mark.parametrize("mutant", [Remembers, RemembersForGood])
+def test_a_density_of_the_latest_samples_is_told_to_be_no_function_of_h(x, mutant):
+    with pytest.raises(
+        ConformanceError, match=r"seeds: log_prob\(h\) must be a function of h: it gives .* rsample stores"
+    ):
+        check_model(mutant(), x)

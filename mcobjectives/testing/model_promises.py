@@ -269,6 +269,7 @@ def seeds(s: Subject) -> None:
     if not torch.equal(found[0], found[1]):
         i, j = (int(n) for n in (found[0] != found[1]).nonzero()[0])
         raise Broken(f"with one seed the log-weight [{i}, {j}] is {found[0][i, j]:.9g}, then {found[1][i, j]:.9g}")
+    _require_function(s)
     posterior = s.model.posterior(s.x)
     h = draw(posterior, 50)
     pairs = list(zip(pytree.tree_leaves(h), pytree.tree_leaves(draw(s.model.posterior(s.x), 50)), strict=True))
@@ -283,3 +284,19 @@ def seeds(s: Subject) -> None:
     for one, other in pairs:
         if bool(((one == one[:1]).all(0) & (other == other[:1]).all(0) & (one[0] != other[0])).any()):
             raise Broken("the samples of one draw are all the same, and those of another draw are others")
+
+
+def _require_function(s: Subject) -> None:
+    """Raise where log_prob(h) gives what the latest draw left, whatever h is."""
+    posterior = s.model.posterior(s.x)
+    if of_latest_alone(posterior):
+        return
+    with torch.no_grad():
+        h = draw(posterior, s.k)
+        earlier = posterior.log_prob(h)
+        later = posterior.log_prob(draw(posterior, s.k))
+        if torch.equal(posterior.log_prob(h), later) and not close(earlier, later).all():
+            raise Broken(
+                "log_prob(h) must be a function of h: it gives the density of the latest samples, whatever h is",
+                "log q(h | x) that rsample stores for log_prob: compute it from h there",
+            )
