@@ -641,3 +641,38 @@ def test_a_density_of_the_latest_samples_is_told_to_be_no_function_of_h(x, mutan
         ConformanceError, match=r"seeds: log_prob\(h\) must be a function of h: it gives .* rsample stores"
     ):
         check_model(mutant(), x)
+
+
+class Parameters(Gaussian):
+    def posterior(self, x):
+        return self.moments(x)
+
+
+def test_parameters_in_place_of_a_distribution_are_told_what_to_be(x):
+    with pytest.raises(ConformanceError, match=r"posterior\(x\) is a tuple .*: Independent\(Normal\(mean, log_std.exp"):
+        check_model(Parameters(), x)
+
+
+class StraightThrough(Gaussian):
+    """One-hot samples with the gradient of relaxed ones, from an rsample that declares no support."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def posterior(self, x):
+        logits = self.encoder(x)
+
+        def rsample(shape):
+            return nn.functional.gumbel_softmax(logits.expand(*shape, *logits.shape), hard=True)
+
+        return Own(rsample, lambda h: (h * logits.log_softmax(-1)).sum(-1))
+
+    def log_prior(self, h):
+        return torch.full(h.shape[:2], -math.log(4))
+
+
+def test_straight_through_samples_are_told_from_the_wrong_numbers_of_others(x):
+    with pytest.raises(ConformanceError, match=r"part 0 of h takes whole values.*sample in place of rsample") as raised:
+        check_model(StraightThrough(), x)
+    assert raised.value.properties == {"pathwise"}

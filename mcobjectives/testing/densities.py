@@ -128,6 +128,13 @@ def pathwise_identity(model: Any, x: Any, seed: int) -> None:
         h = posterior.rsample(torch.Size((_SAMPLES,)))
         if not any(part.requires_grad for part in pytree.tree_leaves(h)):
             raise Unchecked("the samples carry no gradient")
+        for i, part in enumerate(pytree.tree_leaves(h)):
+            if part.requires_grad and is_whole(part) and bool((part != part[:1]).any()):
+                raise Broken(
+                    f"part {i} of h takes whole values, yet rsample gives it a gradient, which is not that of E f(h)",
+                    "a straight-through step such as gumbel_softmax(hard=True): name the method sample in place of "
+                    "rsample, and use gradient='vimco' or 'score'",
+                )
         fixed = detached(h)
         value = f(fixed)
         baseline = (value.sum(0) - value) / (_SAMPLES - 1)  # of the other samples
