@@ -676,3 +676,34 @@ def test_straight_through_samples_are_told_from_the_wrong_numbers_of_others(x):
     with pytest.raises(ConformanceError, match=r"part 0 of h takes whole values.*sample in place of rsample") as raised:
         check_model(StraightThrough(), x)
     assert raised.value.properties == {"pathwise"}
+
+
+class ReadsOtherAxes(Gaussian):
+    """A network that takes (time, batch, units), given (k, batch, units)."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.decoder = network, nn.Linear(8, 3)
+        self.widen = nn.Linear(2, 8)
+
+    def log_likelihood(self, x, h):
+        found = self.network(self.widen(h))
+        return super().log_likelihood(x, found[0] if isinstance(found, tuple) else found)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda: nn.GRU(8, 8),
+        lambda: nn.LSTM(8, 8, batch_first=True),
+        lambda: nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0),
+        lambda: nn.Conv1d(5, 5, 3, padding=1),
+    ],
+)
+def test_a_network_that_reads_samples_as_steps_is_told_to_be_run_on_both_axes_as_one(x, network):
+    torch.manual_seed(0)
+    with pytest.raises(
+        ConformanceError, match=r"leak: changing .*run it on h.flatten\(0, 1\), then unflatten\(0, "
+    ) as raised:
+        check_model(ReadsOtherAxes(network()), x)
+    assert "leak" in raised.value.properties

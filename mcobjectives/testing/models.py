@@ -185,7 +185,9 @@ _PROMISES: _Stage = {
     ),
     "leak": (
         promises.leak,
-        "batch normalisation in training mode, a softmax or mean over axis 0, reshape for transpose",
+        "batch normalisation in training mode, a softmax or mean over axis 0, reshape for transpose, or a recurrent, "
+        "attention or convolution layer that reads (k, batch, ...) as axes of its own: run it on h.flatten(0, 1), then "
+        "unflatten(0, (k, batch))",
     ),
     "sizes": (
         promises.sizes,
