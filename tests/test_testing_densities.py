@@ -187,3 +187,16 @@ class FlatInOneUnit(Gaussian):
 def test_a_unit_with_a_flat_density_is_not_left_out(x):
     [finding] = [f for f in check_model(FlatInOneUnit(), x) if f.property == "normalised"]
     assert finding.passed is None and "bounded" in finding.message
+
+
+class ThroughNumpy(Discrete):
+    """A likelihood that no gradient goes through, for score-family estimators alone."""
+
+    def log_likelihood(self, x, h):
+        return super().log_likelihood(x, torch.from_numpy(h.numpy()))
+
+
+def test_a_density_that_takes_no_gradient_is_no_failure_of_q(x):
+    torch.manual_seed(0)
+    found = {f.property: f for f in model_findings(ThroughNumpy(), x)}
+    assert found["normalised"].passed and found["gradients"].passed

@@ -91,7 +91,10 @@ def unweighted(model: Any, x: Any, h: Latent) -> list[Tensor]:
 
     if of_latest_alone(model.posterior(x)):
         return nowhere
-    before = densities([part.requires_grad_() if i in smooth else part for i, part in enumerate(parts)])
+    try:
+        before = densities([part.requires_grad_() if i in smooth else part for i, part in enumerate(parts)])
+    except Exception:  # of a density that takes no gradient: numpy inside, say
+        return nowhere
     if not (smooth and before.requires_grad):
         return nowhere
     found = list(nowhere)

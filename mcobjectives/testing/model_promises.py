@@ -47,13 +47,11 @@ def methods(s: Subject) -> None:
     posterior = s.model.posterior(s.x)
     density_of(s.model, s.x)
     if not has_methods(posterior, "log_prob") or not (has_methods(posterior, "sample") or has_rsample(posterior)):
-        numbers = isinstance(posterior, (tuple, list, dict, Tensor))
-        raise Broken(
-            f"posterior(x) is a {type(posterior).__name__} without log_prob, or without sample and rsample",
-            "parameters where their distribution is meant: Independent(Normal(mean, log_std.exp()), 1)"
-            if numbers
-            else None,
-        )
+        cause = None
+        if isinstance(posterior, (tuple, list, dict, Tensor)):
+            cause = "parameters where their distribution is meant: Independent(Normal(mean, log_std.exp()), 1)"
+        name = type(posterior).__name__
+        raise Broken(f"posterior(x) is a {name} without log_prob, or without sample and rsample", cause)
     transform = without_inverse(posterior)
     if transform is not None and not transform._cache_size:
         raise Broken(
