@@ -325,6 +325,16 @@ def test_what_inactive_units_are_worth(cost, stderr, seeds, expected):
     assert found.verdict == expected and found.figures.startswith(f"1L median(k=50) {cost:+.2f} ± ")
 
 
+def test_what_inactive_units_are_worth_is_told_of_each_depth_apart():
+    def metrics(row, seed):
+        cost = 50.0 if row.layers == 2 else 0.0
+        return {"nll_pruned": 88.0 + cost, "nll_unpruned_same_images": 88.0, "nll_pruned_stderr": 0.01}
+
+    found = {f.claim[:3]: f for f in findings(made_up(1, metrics=metrics)) if "inactive" in f.claim}
+    assert {depth: f.verdict for depth, f in found.items()} == {"1L:": "does not hold", "2L:": "holds"}
+    assert "2L" not in found["1L:"].figures and "1L" not in found["2L:"].figures
+
+
 def test_models_without_inactive_units_say_nothing_of_what_they_are_worth():
     def metrics(row, seed):
         cost = 0.0 if "median" in row.objective or "alpha=0)" in row.objective else 1.0

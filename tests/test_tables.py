@@ -291,6 +291,7 @@ def test_the_caption_tells_what_was_evaluated():
     assert "NLL by IWAE-5000 on all test images" in render.caption(made_up(preset="paper"))
     nothing = made_up(preset="smoke", dataset="digits", missing=lambda row, seed: True)
     assert "NLL by IWAE-1000 on all test images" in render.caption(nothing)  # which are 297
+    assert "ours minus theirs" in render.caption(made_up()) and "minus theirs" not in render.caption(nothing)
     assert "3280 and 2187 passes (the paper's: 3280 and 2187)" in render.caption(made_up(10))
     caption = render.caption(made_up(preset="short"))
     assert "10 of k samples back-propagated, so that VAE and L_alpha of more samples are trained as of 10" in caption

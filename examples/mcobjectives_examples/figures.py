@@ -247,7 +247,7 @@ def content(
     dataset: Dataset,
     data_dir: str | Path | None = None,
 ) -> Content:
-    """What a figure shows of trained models, on the test images that their configurations are evaluated on."""
+    """What a figure shows of trained models, on all test images, by the protocol that their configurations name."""
     wanted, config, preset = figure(number), configs[0], configs[0].preset
     labels = tuple(map(model_label, configs))
     images = dataset.test if wanted.grey else test_set(dataset.test, config.binarisation)

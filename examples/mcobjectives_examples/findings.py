@@ -1,4 +1,4 @@
-"""Which of the paper's claims hold in a table that was run, each with its figures."""
+"""Which of the paper's claims, and of what its tables show, hold in a table that was run, each with its figures."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mcobjectives_examples.tables import Row
 from mcobjectives_examples.verdicts import (
     LEAST_SEEDS,
     NOISE,
+    NOISE_IN_UNITS,
     Finding,
     Measured,
     Series,
@@ -30,8 +31,6 @@ from mcobjectives_examples.verdicts import (
 
 PRUNING_OF_BGS16 = 0.06
 """Nats: the most that BGS16 lost by removing inactive units; the paper says that it lost about one."""
-NOISE_IN_UNITS = 1.0
-"""By so many active units two runs of one configuration differ: table 1's seeds do."""
 
 
 Grid = dict[tuple[int, str, int], Row]
@@ -213,32 +212,34 @@ def _overfit(results: Results, label: str) -> Measured:
 def _pruning(table_rows: Sequence[Row]) -> Iterator[Finding]:
     """Both numbers are of one model and the same images, in every seed: the noise is over images, or over seeds."""
     rows = _distinct(table_rows)
-    if not any(row.values("nll_pruned") for row in rows):
-        return
-    claim = f"removing inactive units costs more than the {PRUNING_OF_BGS16} nat of BGS16 (the paper: about 1)"
-    figures, verdicts = [], []
-    for row in rows:
-        costs = [cost for cost in row.pruning_costs if cost is not None]
-        label = _label(row)
-        if not costs or None in row.pruning_costs:
-            verdicts.append("not finite" if row.pruning_costs else "not run")
-            figures.append(f"{label} {verdicts[-1]}")
-            continue
-        errors = row.values("nll_pruned_stderr")
-        if not any(costs) and not any(errors):  # the very same model
-            figures.append(f"{label} has no inactive unit")
-            continue
-        cost, stderr = statistics.fmean(costs), statistics.fmean(errors) if errors else 0.0
-        few, width = len(costs) < LEAST_SEEDS, 2 * stderr
-        if not few:
-            stderr = max(stderr, statistics.stdev(costs) / math.sqrt(len(costs)))
-            width = max(width, half_interval(costs))
-        figures.append(f"{label} {cost:+.2f} ± {stderr:.2f}{of_seeds(len(costs), len(row.results))}")
-        over = cost - PRUNING_OF_BGS16
-        holds = over > (max(NOISE, width) if few else width)
-        verdicts.append("holds" if holds else "does not hold" if over < -width else "within noise")
-    if verdicts:
-        yield Finding(claim, worst(verdicts), "; ".join(figures))
+    for layers in dict.fromkeys(row.layers for row in rows):
+        alike = [row for row in rows if row.layers == layers]
+        judged = list(map(_cost_of_pruning, alike)) if any(row.values("nll_pruned") for row in alike) else []
+        verdicts = [verdict for verdict, _ in judged if verdict]
+        if verdicts:
+            lost = f"more than BGS16's {PRUNING_OF_BGS16} nat (the paper: about 1)"
+            figures = "; ".join(figures for _, figures in judged)
+            yield Finding(f"{layers}L: removing inactive units costs {lost}", worst(verdicts), figures)
+
+
+def _cost_of_pruning(row: Row) -> tuple[str, str]:
+    """A verdict on one row, empty where there is nothing to prune, and its figures."""
+    label, costs = _label(row), [cost for cost in row.pruning_costs if cost is not None]
+    if not costs or None in row.pruning_costs:
+        lack = "not finite" if row.pruning_costs else "not run"
+        return lack, f"{label} {lack}"
+    errors = row.values("nll_pruned_stderr")
+    if not any(costs) and not any(errors):  # the very same model
+        return "", f"{label} has no inactive unit"
+    cost, stderr = statistics.fmean(costs), statistics.fmean(errors) if errors else 0.0
+    few, width = len(costs) < LEAST_SEEDS, 2 * stderr
+    if not few:
+        stderr = max(stderr, statistics.stdev(costs) / math.sqrt(len(costs)))
+        width = max(width, half_interval(costs))
+    over = cost - PRUNING_OF_BGS16
+    holds = over > (max(NOISE, width) if few else width)
+    verdict = "holds" if holds else "does not hold" if over < -width else "within noise"
+    return verdict, f"{label} {cost:+.2f} ± {stderr:.2f}{of_seeds(len(costs), len(row.results))}"
 
 
 # Rows.

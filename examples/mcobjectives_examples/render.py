@@ -16,7 +16,7 @@ from mcobjectives_examples.presets import get_preset
 from mcobjectives_examples.provenance import machine_name, short_commit
 from mcobjectives_examples.sources import DATASETS
 from mcobjectives_examples.tables import Row
-from mcobjectives_examples.verdicts import LEAST_SEEDS, NOISE, Finding, of_seeds
+from mcobjectives_examples.verdicts import LEAST_SEEDS, NOISE, NOISE_IN_UNITS, Finding, of_seeds
 from mcobjectives_examples.words import counted
 
 NLL = "NLL"
@@ -120,7 +120,7 @@ def caption(table_rows: Sequence[Row], *, beside: bool = True) -> str:
     `beside` is for one of the paper's tables with its numbers in it; otherwise the rows are any that are recorded.
     """
     config = table_rows[0].configs[0]
-    preset = config.preset
+    preset, compared = config.preset, beside and table_rows[0].on_papers_data
     checksums = {r["data"]["sha256"][:12]: r["data"] for row in table_rows for r in row.results if r is not None}
     data = "; ".join(
         f"data sha256 {sha}… ({vouched(d.get('source', ''), [f['verified'] for f in d['files']])})"
@@ -140,7 +140,7 @@ def caption(table_rows: Sequence[Row], *, beside: bool = True) -> str:
         f"preset {preset.name}: {passes} (the paper's: {theirs}), batch {preset.batch_size}",
         counted(seeds[0], "seed") if len(seeds) == 1 else f"{seeds[0]} to {counted(seeds[-1], 'seed')}",
         f"{config.dataset}, binarisation {_binarised(table_rows[0])}",
-        f"NLL by IWAE-{preset.nll_k} on {images}, in nats{', with ours minus theirs' if beside else ''}",
+        f"NLL by IWAE-{preset.nll_k} on {images}, in nats{', with ours minus theirs' if compared else ''}",
     ]
     if beside:
         parts.append("units and KL as ours/paper's")
@@ -155,7 +155,7 @@ def caption(table_rows: Sequence[Row], *, beside: bool = True) -> str:
     elsewhere = {b["dataset"] for row in table_rows if (b := row.bgs16) and "dataset" in b}
     if elsewhere and beside:
         parts.append(f"BGS16's numbers are of {', '.join(elsewhere)}")
-    if beside and not table_rows[0].on_papers_data:
+    if beside and not compared:
         parts.append("not the paper's data set: no differences")
     if preset.precision != "highest":
         parts.append(f"precision {preset.precision} in training")
@@ -193,7 +193,11 @@ def markdown(title: str, table_rows: Sequence[Row], found: Sequence[Finding]) ->
 
 def noise_note() -> str:
     """What "within noise" means."""
-    return f"Within noise: under {NOISE} nat with fewer than {LEAST_SEEDS} seeds, inside a 95 % t interval with more."
+    return (
+        f"Within noise: under {NOISE} nat, or {NOISE_IN_UNITS:g} active unit, with fewer than {LEAST_SEEDS} seeds, "
+        "inside a 95 % t interval with more. What pruning costs is a difference on the same model and images: twice "
+        "its standard error over these is enough to refute a claim."
+    )
 
 
 def sources(provenances: Iterable[dict[str, Any] | None]) -> str:

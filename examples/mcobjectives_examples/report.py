@@ -80,15 +80,14 @@ def _table_section(run: TableRun) -> Section:
 
 def _summary(records: Records, runs: Sequence[TableRun], drawings: Sequence[Picture]) -> Bullets:
     verdicts = Counter(found.verdict for run in runs for found in findings(run.rows))
+    counts = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.most_common())
     shares = [result["metrics"].get("khat_unreliable") for result in records.values()]
     doubtful, unknown = sum(map(render.unreliable, shares)), shares.count(None)
     numbers = list(dict.fromkeys(run.number for run in runs))
     tables = f", of the paper's {'table' if len(numbers) == 1 else 'tables'} {', '.join(numbers)}" if numbers else ""
     items = [
         f"{counted(len(records), 'cell')} recorded{tables}",
-        f"The paper's claims: {', '.join(f'{n} {verdict}' for verdict, n in verdicts.most_common())}"
-        if verdicts
-        else "",
+        f"The paper's claims, and what its tables show: {counts}" if verdicts else "",
         f"{doubtful} of {len(records)} NLLs are {render.UNRELIABLE}: k-hat is too high for more than "
         f"{100 * render.MOST_UNRELIABLE:.0f} % of the test images, and the NLL may be too high by more than its "
         f"standard error tells{f'; of {unknown} k-hat is not known' if unknown else ''}"

@@ -12,6 +12,8 @@ from scipy.special import stdtrit
 
 NOISE = 0.6
 """Nats between two runs of one configuration in the paper: with fewer than three seeds, less proves nothing."""
+NOISE_IN_UNITS = 1.0
+"""By so many active units two runs of one configuration differ: table 1's seeds do."""
 LEAST_SEEDS = 3
 """From so many on, a difference proves nothing while its 95 % t interval holds zero."""
 
@@ -21,7 +23,7 @@ LACKS = ("not run", "not finite")
 
 @dataclass(frozen=True)
 class Finding:
-    """One of the paper's claims, a verdict, and the figures.
+    """One of the paper's claims, or of what its tables show, a verdict, and the figures.
 
     Verdicts are "holds", "does not hold", "within noise", "not run" and "not finite"; `papers` is the one that the
     paper's own numbers get, empty where they have none.

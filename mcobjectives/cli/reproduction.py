@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from mcobjectives.arguments import require_choice
 from mcobjectives.cli.running import missing, run_all
 from mcobjectives.cli.show import console, grid
 from mcobjectives_examples import render
@@ -37,6 +38,7 @@ def reproduce_tables(
     """Run and print a table, or all of them (as JSON: one object, or a list of them)."""
     if stack and jobs > 1:
         raise ValueError("--stack trains cells as one model and --jobs in processes of their own: give one of them")
+    require_choice("table", number, [*paper()["tables"], "all"])
     tables: list[tuple[str, list[list[Row]], list[Config]]] = []  # the rows by one protocol or two, and all their cells
     for n in list(paper()["tables"]) if number == "all" else [number]:
         found = [
