@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
@@ -16,7 +18,19 @@ from mcobjectives.context import cast_anew, generators_at, may_synchronise, refu
 from mcobjectives.derivatives import reduced
 from mcobjectives.estimators import Weights
 from mcobjectives.messages import warn_once
-from mcobjectives.model import Density, Latent, ModelError, called, density, likelihood, log_joint, require, tensors
+from mcobjectives.model import (
+    Density,
+    Latent,
+    ModelError,
+    called,
+    density,
+    has_methods,
+    likelihood,
+    log_joint,
+    require,
+    tensors,
+    without_trace,
+)
 from mcobjectives.replay import replayed, require_unchanged
 from mcobjectives.resampling import select
 from mcobjectives.sampling import (
@@ -36,6 +50,8 @@ if TYPE_CHECKING:
     from mcobjectives.objective import Objective
 
 LOG_WEIGHTS = "log p(x, h) - log q(h | x)"
+_ASKED_AGAIN = ("attach", "named_by_sites")  # methods of posteriors that are made for it
+_FUNCTIONS_OF_H: weakref.WeakSet[type] = weakref.WeakSet()
 
 
 @dataclass(eq=False)
@@ -310,10 +326,16 @@ def _require_sound(objective: Objective, posterior: Any) -> None:
 
 
 def _require_function_of_h(objective: Objective, model: Any, posterior: Any) -> None:
-    """Raise where log q is asked for at other samples than the latest, and known of these alone."""
+    """Raise where log q is asked for at other samples than the latest, and known of these alone; once of each class."""
     at_latest = objective.plan.plain and objective.chunk_size is None and objective.backward_samples is None
-    if not at_latest and knows_its_latest_alone(model, posterior):
-        raise ModelError(
-            f"log_prob(h) of {type(posterior).__name__} gives the density of its latest samples, whatever h is: "
-            "compute it from h, or use gradient='reparam' without chunk_size and backward_samples"
-        )
+    made_for_it = isinstance(posterior, Distribution) or any(has_methods(posterior, m) for m in _ASKED_AGAIN)
+    kind = type(posterior)
+    if at_latest or made_for_it or kind in _FUNCTIONS_OF_H:
+        return
+    with without_trace(model):
+        if knows_its_latest_alone(posterior):
+            raise ModelError(
+                f"log_prob(h) of {kind.__name__} gives the density of its latest samples, whatever h is: compute it "
+                "from h, or use gradient='reparam' without chunk_size and backward_samples"
+            )
+    _FUNCTIONS_OF_H.add(kind)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import AffineTransform, Distribution, Independent, Transform, TransformedDistribution
+from torch.distributions import AffineTransform, Independent, Transform, TransformedDistribution
 from torch.utils import _pytree as pytree
 
 from mcobjectives.context import cast_anew, generators_at, may_synchronise, rng_state, set_rng_state
-from mcobjectives.model import Density, Latent, ModelError, has_methods, without_trace
+from mcobjectives.model import Density, Latent, ModelError, has_methods
 
-_FUNCTIONS_OF_H: weakref.WeakSet[type] = weakref.WeakSet()
 _INVERSES = ("inv", "_inv_call", "_inverse")  # a transform with an inverse has one of these of its own
 
 
@@ -106,29 +104,20 @@ def without_inverse(posterior: Any) -> Any:
     return None
 
 
-def knows_its_latest_alone(model: Any, posterior: Any) -> bool:
-    """Whether log_prob(h) gives the density of the samples drawn last, whatever h is, as flows often keep it.
-
-    Found by drawing twice, of each class once.
-    """
-    kind, sound = type(posterior), ("attach", "named_by_sites")  # made for being asked again
-    if kind in _FUNCTIONS_OF_H or isinstance(posterior, Distribution) or any(has_methods(posterior, m) for m in sound):
+def knows_its_latest_alone(posterior: Any) -> bool:
+    """Whether log_prob(h) gives the density of the samples drawn last, whatever h is, as flows often keep it."""
+    first, state = draw(posterior, 2), rng_state()
+    if not all(isinstance(part, Tensor) and may_synchronise(part) for part in pytree.tree_leaves(first)):
         return False
-    with without_trace(model):
-        first, state = draw(posterior, 2), rng_state()
-        if not all(isinstance(part, Tensor) and may_synchronise(part) for part in pytree.tree_leaves(first)):
-            return False
+    with torch.no_grad():
         before = posterior.log_prob(first)
-        if not isinstance(before, Tensor):  # said where it is asked for
-            return False
         second, found = draw(posterior, 2), []
         for h in (first, second):
             set_rng_state(state)  # a dropout in q's networks repeats itself
             found.append(posterior.log_prob(h))
-    if torch.equal(found[0], found[1]) and not torch.equal(found[0], before):
-        return True
-    _FUNCTIONS_OF_H.add(kind)
-    return False
+    if not all(isinstance(value, Tensor) for value in (before, *found)):
+        return False
+    return torch.equal(found[0], found[1]) and not torch.equal(found[0], before)
 
 
 def _chain(posterior: Any) -> Iterator[Any]:
