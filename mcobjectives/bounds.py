@@ -2,56 +2,32 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from mcobjectives.analytic import expected_log_ratio
 from mcobjectives.context import cast_anew, generators_at, may_synchronise, refuse_transforms, rng_state, same_state
+from mcobjectives.densities import likelihood, log_joint
 from mcobjectives.derivatives import reduced
 from mcobjectives.estimators import Weights
 from mcobjectives.messages import warn_once
-from mcobjectives.model import (
-    Density,
-    Latent,
-    ModelError,
-    called,
-    density,
-    has_methods,
-    likelihood,
-    log_joint,
-    require,
-    tensors,
-    without_trace,
-)
+from mcobjectives.model import Density, Latent, ModelError, called, density, require, tensors
 from mcobjectives.replay import replayed, require_unchanged
 from mcobjectives.resampling import select
-from mcobjectives.sampling import (
-    Samples,
-    check_differentiable,
-    detached,
-    has_rsample,
-    is_discrete,
-    knows_its_latest_alone,
-    moving_support,
-    named,
-    without_inverse,
-)
+from mcobjectives.sampling import Samples, check_differentiable, detached
+from mcobjectives.soundness import require_function_of_h, require_sound
 from mcobjectives.surrogate import PLAIN, Plan, Ratio, Terms, terms, with_value
 
 if TYPE_CHECKING:
     from mcobjectives.objective import Objective
 
 LOG_WEIGHTS = "log p(x, h) - log q(h | x)"
-_ASKED_AGAIN = ("attach", "named_by_sites")  # methods of posteriors that are made for it
-_FUNCTIONS_OF_H: weakref.WeakSet[type] = weakref.WeakSet()
 
 
 @dataclass(eq=False)
@@ -269,7 +245,7 @@ def open_batch(objective: Objective, model: Any, x: Any) -> BatchBound:
         raise ModelError(f"the batch is empty: x has shape {', '.join(str(tuple(part.shape)) for part in parts)}")
     posterior, plan = called(model, "posterior", x=x), objective.plan
     if torch.is_grad_enabled():
-        _require_sound(objective, posterior)
+        require_sound(objective, posterior)
     samples = Samples(
         posterior,
         objective.k,
@@ -277,7 +253,7 @@ def open_batch(objective: Objective, model: Any, x: Any) -> BatchBound:
         replay=objective.chunk_size is not None,
     )
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        _require_function_of_h(objective, model, posterior)
+        require_function_of_h(objective, model, posterior)
     ratio = expected_log_ratio(model, posterior) if objective.analytic_kl else None
     log_q = ratio or (lambda h: density(posterior, "log_prob", h=h))
     return BatchBound(objective, plan, samples, log_p, log_q, upstream)
@@ -298,44 +274,3 @@ def _cut_off(x: Any) -> tuple[Any, dict[Tensor, Tensor]]:
         return leaf
 
     return pytree.tree_map(cut, x) if any(part.grad_fn is not None for part in tensors(x)) else x, upstream
-
-
-def _require_sound(objective: Objective, posterior: Any) -> None:
-    """Raise, or warn, where this estimator's gradient would be wrong for this posterior."""
-    plan, m = objective.plan, objective.backward_samples
-    if plan.path and is_discrete(posterior) and has_rsample(posterior):
-        warn_once(
-            f"h of {named(posterior, 'discrete')} is discrete, and a gradient straight through its samples is "
-            "biased: use gradient='vimco' for an unbiased one"
-        )
-    culprit, mend = f"gradient={objective.gradient!r}", "gradient='reparam'"
-    if objective.weighs_itself:
-        culprit, mend = type(objective).__name__, "an objective without weights of its own"
-    if not plan.plain and moving_support(posterior):
-        raise ModelError(
-            f"{culprit} is wrong for {named(posterior, 'moving_support')}, whose support moves "
-            f"with its parameters: use {mend}"
-        )
-    if plan.plain:
-        culprit, mend = f"backward_samples={m}", "all samples"
-    if (not plan.plain or m is not None) and (transform := without_inverse(posterior)) is not None:
-        raise ModelError(
-            f"{culprit} takes log q(h | x) at given samples, for which {type(transform).__name__} of q has "
-            f"no inverse: use {mend}"
-        )
-
-
-def _require_function_of_h(objective: Objective, model: Any, posterior: Any) -> None:
-    """Raise where log q is asked for at other samples than the latest, and known of these alone; once of each class."""
-    at_latest = objective.plan.plain and objective.chunk_size is None and objective.backward_samples is None
-    made_for_it = isinstance(posterior, Distribution) or any(has_methods(posterior, m) for m in _ASKED_AGAIN)
-    kind = type(posterior)
-    if at_latest or made_for_it or kind in _FUNCTIONS_OF_H:
-        return
-    with without_trace(model):
-        if knows_its_latest_alone(posterior):
-            raise ModelError(
-                f"log_prob(h) of {kind.__name__} gives the density of its latest samples, whatever h is: compute it "
-                "from h, or use gradient='reparam' without chunk_size and backward_samples"
-            )
-    _FUNCTIONS_OF_H.add(kind)

@@ -23,7 +23,8 @@ from mcobjectives.activity import (
 from mcobjectives.arguments import require_count
 from mcobjectives.context import cast_anew
 from mcobjectives.data import batches, in_float64, rows_and_device
-from mcobjectives.model import Latent, ModelError, called, density, has_methods, joined, log_joint, log_weights, parts
+from mcobjectives.densities import joined, log_joint, log_weights, parts
+from mcobjectives.model import Latent, ModelError, called, density, has_methods
 from mcobjectives.pareto import pareto_khat, tail_length
 from mcobjectives.sampling import Samples
 

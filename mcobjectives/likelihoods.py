@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from mcobjectives.context import is_transformed, may_synchronise
-from mcobjectives.model import at_least_float32
+from mcobjectives.densities import at_least_float32
 
 _BLOCK = 160_000
 _GROUP = 16  # a product of 16 factors, each in (1, 2], stays far inside float32

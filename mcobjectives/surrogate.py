@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mcobjectives.context import refuse_transforms
+from mcobjectives.densities import log_weights
 from mcobjectives.estimators import Weights
-from mcobjectives.model import Density, Latent, log_weights
+from mcobjectives.model import Density, Latent
 from mcobjectives.replay import autocast_as_now, require_no_parameters, require_unchanged, zeros_once
 from mcobjectives.sampling import check_differentiable, detached
 

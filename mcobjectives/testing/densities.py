@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mcobjectives.context import generators_at
+from mcobjectives.densities import log_joint as density_of
 from mcobjectives.model import Latent
-from mcobjectives.model import log_joint as density_of
 from mcobjectives.reductions import effective_sample_size
 from mcobjectives.sampling import caches, detached, draw, has_rsample, without_inverse
 from mcobjectives.testing.report import Broken, Unchecked

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mcobjectives.densities import log_joint as density_of
 from mcobjectives.messages import one_line
 from mcobjectives.model import has_methods
-from mcobjectives.model import log_joint as density_of
 from mcobjectives.objectives import IWAE
 from mcobjectives.sampling import detached, draw, has_rsample
 from mcobjectives.testing.densities import dense, is_whole, trainable

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mcobjectives.model import Latent, called, has_methods, log_weights
-from mcobjectives.model import log_joint as density_of
+from mcobjectives.densities import log_joint as density_of
+from mcobjectives.densities import log_weights
+from mcobjectives.model import Latent, called, has_methods
 from mcobjectives.sampling import detached, draw, has_rsample, knows_its_latest_alone, without_inverse
 from mcobjectives.testing.densities import (
     is_whole,
