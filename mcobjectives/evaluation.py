@@ -166,7 +166,8 @@ def evaluate(
         x: the data, on the model's device: a tensor, or a tuple, list or dict of tensors, one row per data point.
         k: samples per data point.
         chunk_size: samples evaluated at a time.
-        batch_size: data points at a time; `model.posterior` is called once for each batch.
+        batch_size: data points at a time; `model.posterior` is called once for each batch. If it is `len(x)`, the model
+            may give one log-weight for all of x, as with latents that all data points share: x then counts as one.
         progress: called after every batch with the number of data points done.
 
     Raises:
@@ -185,29 +186,30 @@ def evaluate(
         (1.2655, 0.0)
     """
     points, device = rows_and_device(x)
+    as_one = batch_size is not None and batch_size >= points
     rows = _ROWS_AT_ONCE.get(device.type, _ROWS_AT_ONCE["cpu"])
     batch_size = min(points, math.isqrt(rows)) if batch_size is None else batch_size
     require_count("k", k)
     require_count("batch_size", batch_size)
     chunk_size = max(1, rows // batch_size) if chunk_size is None else chunk_size
     require_count("chunk_size", chunk_size)
-    parts = []
+    parts, done = [], 0
     for batch in batches(x, batch_size):
         parts.append(_evaluate_batch(model, batch, int(k), chunk_size))
         found, expected = parts[-1].elbo.numel(), rows_and_device(batch)[0]
-        if found != expected:
+        if found != expected and not (found == 1 and as_one):
             raise ModelError(
                 f"the model gave log-weights for {found} data points, expected {expected}: one for each row of x "
-                "(without subsampling; with one weight for the whole data set IWAE(k, chunk_size=50).bound(model, x) "
-                "is the estimate)"
+                f"(without subsampling; if it gives one for the whole data set, batch_size={points} evaluates that)"
             )
+        done += expected
         if progress is not None:
-            progress(sum(part.elbo.numel() for part in parts))
+            progress(done)
     whole = Evaluation.concatenate(parts)
     empty = (whole.log_likelihood == -math.inf).nonzero().flatten()
     if len(empty):
         raise ValueError(
-            f"all {k} weights are zero (log p(x, h) = -inf) for {len(empty)} of {points} data points, "
+            f"all {k} weights are zero (log p(x, h) = -inf) for {len(empty)} of {whole.elbo.numel()} data points, "
             f"the first at row {int(empty[0])}"
         )
     return whole

@@ -561,3 +561,37 @@ def test_likelihoods_are_summed_in_float64():
     running = evaluation._Running(0)
     running.add(-likelihood, likelihood)
     assert float(running.result(3).log_p_x_given_h) == (2**24 + 2) / 3
+
+
+class Regression:
+    """w ~ N(0, I), y_n | w ~ N(x_n w, 1): one log-weight for all data points; q is the posterior, stretched."""
+
+    def __init__(self, stretch):
+        self.stretch = stretch
+
+    def posterior(self, data):
+        inputs, targets = data
+        precision = torch.eye(2, dtype=F64) + inputs.T @ inputs
+        covariance = precision.inverse() * self.stretch
+        mean = precision.inverse() @ inputs.T @ targets
+        return MultivariateNormal(mean.unsqueeze(0), covariance.unsqueeze(0))
+
+    def log_joint(self, data, w):
+        inputs, targets = data
+        return Normal(0.0, 1.0).log_prob(w).sum(-1) + Normal(w @ inputs.T, 1.0).log_prob(targets).sum(-1)
+
+
+def test_data_that_share_their_latents_are_evaluated_as_one():
+    generator = torch.Generator().manual_seed(0)
+    inputs, targets = (torch.randn(*shape, generator=generator, dtype=F64) for shape in ((6, 2), (6,)))
+    evidence = MultivariateNormal(torch.zeros(6, dtype=F64), torch.eye(6, dtype=F64) + inputs @ inputs.T)
+    told = []
+    exact = evaluate(Regression(1.0), (inputs, targets), k=70, batch_size=6, chunk_size=20, progress=told.append)
+    assert exact.log_likelihood.shape == (1,) and told == [6] and float(exact.ess) == pytest.approx(70)
+    assert -exact.nll == pytest.approx(float(evidence.log_prob(targets)), abs=1e-10)
+    torch.manual_seed(0)
+    near = evaluate(Regression(1.3), (inputs, targets), k=20_000, batch_size=100)
+    assert -near.nll == pytest.approx(float(evidence.log_prob(targets)), abs=0.02) and float(near.khat) < 0.7
+    for batch_size in (None, 3):  # as one only where it is asked for
+        with pytest.raises(ModelError, match=r"for 1 data points, expected \d: .* batch_size=6 evaluates that\)"):
+            evaluate(Regression(1.0), (inputs, targets), k=5, batch_size=batch_size)
