@@ -143,6 +143,15 @@ def _support(posterior: Any) -> Any:
         return None
 
 
+def require_rsample(posterior: Any) -> None:
+    """Raise where samples cannot carry a gradient."""
+    if not has_rsample(posterior):
+        raise ModelError(
+            f"a pathwise gradient needs rsample, which {named(posterior, 'without_rsample')} does not have: "
+            'use gradient="score" or "vimco"'
+        )
+
+
 def draw(posterior: Any, k: int) -> Latent:
     """k samples for each data point, `(k, batch, ...)`, without a graph.
 
@@ -173,12 +182,9 @@ class Samples:
                 f"posterior(x) must be a distribution, such as Independent(Normal(mean, std), 1), got "
                 f"{type(posterior).__name__}"
             )
-        if pathwise and not has_rsample(posterior):
-            raise ModelError(
-                f"a pathwise gradient needs rsample, which {named(posterior, 'without_rsample')} does not have: "
-                'use gradient="score" or "vimco"'
-            )
-        if not (has_rsample(posterior) or has_methods(posterior, "sample")):
+        if pathwise:
+            require_rsample(posterior)
+        if not (has_methods(posterior, "sample") or has_rsample(posterior)):
             raise ModelError(f"the posterior {type(posterior).__name__} has neither sample nor rsample")
         if not has_methods(posterior, "log_prob"):
             raise ModelError(f"the posterior {type(posterior).__name__} has no log_prob(h), for log q(h | x)")

@@ -28,11 +28,8 @@ _FUNCTIONS_OF_H: weakref.WeakSet[type] = weakref.WeakSet()
 def require_sound(objective: Objective, posterior: Any) -> None:
     """Raise, or warn, where this estimator's gradient would be wrong for this posterior."""
     plan, m = objective.plan, objective.backward_samples
-    if plan.path and is_discrete(posterior) and has_rsample(posterior):
-        warn_once(
-            f"h of {named(posterior, 'discrete')} is discrete, and a gradient straight through its samples is "
-            "biased: use gradient='vimco' for an unbiased one"
-        )
+    if plan.path:
+        warn_if_straight_through(posterior)
     culprit, mend = f"gradient={objective.gradient!r}", "gradient='reparam'"
     if objective.weighs_itself:
         culprit, mend = type(objective).__name__, "an objective without weights of its own"
@@ -47,6 +44,15 @@ def require_sound(objective: Objective, posterior: Any) -> None:
         raise ModelError(
             f"{culprit} takes log q(h | x) at given samples, for which {type(transform).__name__} of q has "
             f"no inverse: use {mend}"
+        )
+
+
+def warn_if_straight_through(posterior: Any) -> None:
+    """Warn where a gradient through discrete samples is not q's."""
+    if is_discrete(posterior) and has_rsample(posterior):
+        warn_once(
+            f"h of {named(posterior, 'discrete')} is discrete, and a gradient straight through its samples is "
+            "biased: use gradient='vimco' for an unbiased one"
         )
 
 

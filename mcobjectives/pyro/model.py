@@ -12,7 +12,18 @@ from torch.utils import _pytree as pytree
 from mcobjectives.context import rng_state, same_state
 from mcobjectives.model import ModelError
 from mcobjectives.pyro.programs import Layout, Program, Recorder, Site
-from mcobjectives.pyro.structure import Structure, check_guide, check_matched, check_random, inspect, kinds, moving
+from mcobjectives.pyro.structure import (
+    Kinds,
+    Structure,
+    check_guide,
+    check_matched,
+    check_random,
+    inspect,
+    kinds,
+    moving,
+)
+from mcobjectives.sampling import require_rsample
+from mcobjectives.soundness import warn_if_straight_through
 
 
 class Arguments:
@@ -32,6 +43,11 @@ pytree.register_pytree_node(
 
 def _arguments(parts: list[Any], positional: int, names: tuple[str, ...]) -> Arguments:
     return Arguments(*parts[:positional], **dict(zip(names, parts[positional:], strict=True)))
+
+
+def _types(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """Types of all that the programs are given: those that branch on a label that is None have a kind for each."""
+    return tuple(type(part).__name__ for part in pytree.tree_leaves((args, kwargs)))
 
 
 def _as_arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -126,6 +142,7 @@ class PyroModel(torch.nn.Module):
         self.model, self.guide = model, guide
         self.max_plate_nesting, self.weights, self.scaled = max_plate_nesting, weights, scaled
         self._structure: Structure | None = None
+        self._kinds: dict[tuple[str, ...], Kinds] = {}  # the guide's latest, by the types of its arguments
         self._independent = True  # until a run of the programs shows otherwise
 
     def __getstate__(self) -> dict[str, Any]:
@@ -158,6 +175,7 @@ class PyroModel(torch.nn.Module):
         if self._structure is None:
             args, kwargs = _as_arguments(x)
             self._structure = inspect(self.model, self.guide, args, kwargs)
+            self._kinds[_types(args, kwargs)] = self._structure.kinds
             self._independent = not self._structure.beside
         return self._structure
 
@@ -236,19 +254,36 @@ class GuidePosterior:
         self.owner, self.args, self.kwargs, self.layout = owner, args, kwargs, layout
         self.subsamples: dict[str, Any] = dict(subsamples or {})
         self._drawn = set(self.subsamples)
-        structure = owner.structure(Arguments(*args, **kwargs))
-        self._has_ends = structure.has_ends
+        self._redrawn: set[str] = set()
+        self._types = _types(args, kwargs)
         # Distributions that do not depend on other sites' samples are kept: no further execution is needed.
         self._kept: Trace | None = None
         if owner._independent:
             self._kept = self._independent()
             owner._independent = self._kept is not None
-        if self._kept is None and structure.subsampled:
-            with torch.no_grad():  # for the indices, which every later execution shares
-                self._record(1, preview=True)
-        self._kinds = structure.kinds if self._kept is None else kinds(self._kept)
-        self.has_rsample, self.is_discrete = not self._kinds.without_rsample, bool(self._kinds.discrete)
-        self.caches = self._kinds.caches
+        # What the sites are: until an execution here shows it, what they were at the latest such arguments.
+        self._shown = self._surprised = False
+        if self._kept is not None:
+            self._show(self._kept)
+        elif self._types in owner._kinds:
+            self._kinds = owner._kinds[self._types]
+        else:
+            self._preview()
+
+    @property
+    def has_rsample(self) -> bool:
+        """Whether samples can carry a gradient."""
+        return not self._has("without_rsample")
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether a random site takes discrete values."""
+        return self._has("discrete")
+
+    @property
+    def caches(self) -> bool:
+        """Whether a random site knows the density of its latest samples."""
+        return self._kinds.caches
 
     @property
     def moving_support(self) -> bool:
@@ -259,7 +294,7 @@ class GuidePosterior:
     def _moving(self) -> tuple[str, ...]:
         if self._kept is not None:
             return moving(self._kept)
-        if not self._has_ends:
+        if not self._kinds.has_ends:
             return ()
         return moving(self._record(1, preview=True, detach=True))
 
@@ -267,7 +302,10 @@ class GuidePosterior:
         """k samples, differentiable if the sites' distributions are: a dict of `(k, batch, ...)`."""
         (k,) = sample_shape
         if self._kept is None:
-            trace = self._record(k)
+            known = set(self._drawn)
+            trace = self._record(k, redrawn=self._redrawn)
+            self._redrawn |= self._drawn - known
+            self._check(trace)
         else:
             drawn = Recorder(k, self.layout.nesting, {})
             trace = {n: s if s.observed else s._replace(value=drawn._draw(n, s.fn)) for n, s in self._kept.items()}
@@ -289,6 +327,38 @@ class GuidePosterior:
         """The guide with its sites that are `what`, for messages."""
         names = self._moving if what == "moving_support" else getattr(self._kinds, what)
         return f"the guide of site(s) {', '.join(names)}"
+
+    def _has(self, what: str) -> bool:
+        # What would be refused or warned of is made sure of: the guide may have taken another branch since.
+        if getattr(self._kinds, what) and not self._shown and torch.is_grad_enabled():
+            self._preview()
+        return bool(getattr(self._kinds, what))
+
+    def _preview(self) -> None:
+        with torch.no_grad():
+            self._show(self._record(1, preview=True))
+
+    def _show(self, trace: Trace) -> None:
+        self._kinds = self.owner._kinds[self._types] = kinds(trace)
+        self._shown = True
+
+    def _check(self, trace: Trace) -> None:
+        """Raise or warn where samples show what was not expected when the objective asked."""
+        if not self._shown:
+            expected = self._kinds
+            self._show(trace)
+            self._surprised = self._kinds != expected
+            if self._surprised and self.__dict__.pop("_moving", None) == ():  # it was asked for, and so it matters
+                with torch.enable_grad():
+                    moves = self.moving_support
+                if moves:
+                    raise ModelError(
+                        f"this gradient is wrong for {self.named_by_sites('moving_support')}, whose support moves "
+                        "with its parameters: use gradient='reparam'"
+                    )
+        if self._surprised and torch.is_grad_enabled():
+            require_rsample(self)
+            warn_if_straight_through(self)
 
     def note(self, run: Recorder) -> None:
         """Remember the subsamples that an execution has drawn, because the samples belong to them."""
@@ -325,9 +395,9 @@ class GuidePosterior:
                     for n, s in self._kept.items()
                 }
             else:
-                before = rng_state()
+                before, known = rng_state(), set(self._drawn)
                 h.trace = self._record(h.k, given=given, draw=False)
-                if not same_state(before, rng_state()):
+                if self._drawn == known and not same_state(before, rng_state()):
                     raise ModelError(
                         "the guide draws random numbers outside its sample sites (dropout?), so its density cannot be "
                         "evaluated again at its samples, nor for more than 50 of them, which are drawn in blocks: make "

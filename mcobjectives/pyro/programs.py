@@ -75,6 +75,7 @@ class Recorder(Messenger):
         subsamples: indices of subsampling plates by name; what is missing is drawn and added.
         preview: do not advance the random number generator for the draws of sites.
         detach: cut the draws of random sites off, so that only parameters carry a gradient.
+        redrawn: plates whose known indices are drawn all the same and thrown away, for the numbers that they took.
     """
 
     def __init__(
@@ -87,10 +88,12 @@ class Recorder(Messenger):
         draw: bool = True,
         preview: bool = False,
         detach: bool = False,
+        redrawn: Iterable[str] = (),
     ) -> None:
         super().__init__()
         self.n, self.nesting, self.subsamples = n, nesting, subsamples
         self.given, self.draw, self.preview, self.detach = given or {}, draw, preview, detach
+        self.redrawn = frozenset(redrawn)
         self.sites: dict[str, Site] = {}
         self.subsampled: set[str] = set()  # the plates of which a part was drawn in this run
 
@@ -104,6 +107,8 @@ class Recorder(Messenger):
         name, fn = msg["name"], msg["fn"]
         if site_is_subsample(msg):
             if name in self.subsamples:
+                if name in self.redrawn:
+                    fn()
                 msg["value"], msg["done"] = self.subsamples[name], True
                 index = torch.as_tensor(self.subsamples[name])
                 if fn.subsample_size != fn.size and index.numel() and int(index.max()) >= fn.size:

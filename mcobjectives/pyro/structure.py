@@ -18,11 +18,15 @@ _TRIES = 20
 
 
 class Kinds(NamedTuple):
-    """Names of a guide's random sites by what matters to a gradient, and whether any caches its densities."""
+    """Names of a guide's random sites by what matters to a gradient, and whether any caches its densities.
+
+    `has_ends` is whether any has a support that could move.
+    """
 
     without_rsample: tuple[str, ...]
     discrete: tuple[str, ...]
     caches: bool
+    has_ends: bool
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,6 @@ class Structure:
     plate: tuple[str, int] | None
     refusal: str | None
     kinds: Kinds
-    subsampled: bool
-    has_ends: bool  # whether a random site of the guide has a support that could move
     beside: bool  # whether the model reads what the guide has left beside its sites, in an attribute say
 
 
@@ -67,8 +69,6 @@ def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[
         plate=plates[0] if plates else None,
         refusal=None if plates or not local else _refusal(q, p),
         kinds=kinds(q),
-        subsampled=bool(guide_run.subsampled),
-        has_ends=any(has_ends(site.fn) for site in q.values() if site.free),
         beside=beside,
     )
 
@@ -94,6 +94,7 @@ def kinds(q: dict[str, Site]) -> Kinds:
         without_rsample=tuple(site.name for site in free if not site.fn.has_rsample),
         discrete=tuple(site.name for site in free if is_discrete(site.fn)),
         caches=any(caches(site.fn) for site in free),
+        has_ends=any(has_ends(site.fn) for site in free),
     )
 
 

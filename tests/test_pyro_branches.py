@@ -1,0 +1,189 @@
+"""Programs that branch, on a label that may be missing or on a switch: their first run does not show the later ones."""
+
+import math
+
+import pytest
+import torch
+from pyro_toys import clean, close  # noqa: F401  the fixture is for every test
+
+pyro = pytest.importorskip("pyro")
+
+import pyro.distributions as dist  # noqa: E402
+from torch.distributions import Normal  # noqa: E402
+
+from mcobjectives import IWAE, ModelError  # noqa: E402
+from mcobjectives.pyro import Arguments, ObjectiveELBO, PyroModel  # noqa: E402
+
+X = torch.tensor([0.5, -1.0, 2.0, 0.1, 4.0], dtype=torch.float64)
+LABELS = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0], dtype=torch.float64)
+
+
+class Pair:
+    """Two programs that branch on their label, or on a switch that their arguments do not show."""
+
+    def __init__(self, switched):
+        self.switched, self.label = switched, None
+
+    def at(self, label):
+        """The arguments for this label, or for none."""
+        self.label = label
+        return (X,) if self.switched or label is None else (X, label)
+
+
+class Mixture(Pair):
+    """c ~ Bernoulli(1/2), z ~ N(3c, 1), x ~ N(z, 1), and the exact posterior, with a parameter that is zero."""
+
+    shift = 0.0
+
+    def model(self, x, label=None):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(0.5), obs=self.label)
+            z = pyro.sample("z", dist.Normal(3 * c, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(self, x, label=None):
+        shift = pyro.param("shift", torch.zeros(()))
+        with pyro.plate("data", len(x)):
+            c = self.label
+            if c is None:
+                c = pyro.sample("c", dist.Bernoulli(logits=3 * x / 2 - 9 / 4 + shift))
+            pyro.sample("z", dist.Normal((x + 3 * c) / 2 + shift, 0.5**0.5))
+
+    @staticmethod
+    def log_p(label):
+        each = Normal(torch.tensor([[0.0], [3.0]]), 2**0.5).log_prob(X) - math.log(2)
+        return each.logsumexp(0) if label is None else torch.where(label == 0, each[0], each[1])
+
+
+@pytest.mark.parametrize("switched", [False, True])
+@pytest.mark.parametrize("order", [(LABELS, None), (None, LABELS)], ids=["labelled first", "unlabelled first"])
+def test_labels_may_be_missing_in_some_batches(order, switched):
+    pair = Mixture(switched)
+    by = {name: ObjectiveELBO(IWAE(k=4, gradient=name)) for name in ("reparam", "dreg", "vimco")}
+    for label in (*order, *order):
+        close(by["vimco"].loss_and_grads(pair.model, pair.guide, *pair.at(label)), -pair.log_p(label).sum())
+        for name in ("reparam", "dreg"):
+            if label is None:
+                with pytest.raises(ModelError, match=r"needs rsample, which the guide of site\(s\) c does not have"):
+                    by[name].loss_and_grads(pair.model, pair.guide, *pair.at(label))
+                continue
+            pyro.param("shift").grad = None
+            close(by[name].loss_and_grads(pair.model, pair.guide, *pair.at(label)), -pair.log_p(label).sum())
+            if name == "dreg":  # at the exact posterior
+                close(pyro.param("shift").grad, torch.zeros(()))
+
+
+class Ends(Pair):
+    """w and z ~ N(0, 1), x ~ N(z + w, 1); given a label, the guide's z is a Normal, and else a Uniform that moves."""
+
+    def model(self, x, label=None):
+        with pyro.plate("data", len(x)):
+            w, z = (pyro.sample(name, dist.Normal(0.0, 1.0)) for name in "wz")
+            pyro.sample("x", dist.Normal(z + w, 1.0), obs=x)
+
+    def guide(self, x, label=None):
+        width = pyro.param("width", torch.tensor(0.7))
+        with pyro.plate("data", len(x)):
+            w = pyro.sample("w", dist.Normal(x / 3, 1.0))
+            if self.label is None:
+                pyro.sample("z", dist.Uniform(x - w - width, x - w + width))
+            else:
+                pyro.sample("z", dist.Normal((x - w) / 2, width))
+
+
+@pytest.mark.parametrize("switched", [False, True])
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 2}, {"backward_samples": 2}], ids=str)
+@pytest.mark.parametrize("gradient", ["stl", "dreg", "score", "vimco"])
+def test_a_support_that_moves_in_some_batches_is_refused_there(gradient, options, switched):
+    pair, elbo = Ends(switched), ObjectiveELBO(IWAE(k=4, gradient=gradient, **options))
+    for label in (LABELS, None, LABELS, None):
+        if label is None:
+            with pytest.raises(ModelError, match=r"wrong for the guide of site\(s\) z, whose support moves"):
+                elbo.loss_and_grads(pair.model, pair.guide, *pair.at(label))
+            continue
+        found = []
+        for each in (elbo, ObjectiveELBO(elbo.objective)):
+            each.loss(pair.model, pair.guide, *pair.at(label))
+            pyro.param("width").grad = None
+            torch.manual_seed(1)
+            found.append((each.loss_and_grads(pair.model, pair.guide, *pair.at(label)), pyro.param("width").grad))
+        close(found[0], found[1])
+
+
+@pytest.mark.parametrize("switched", [False, True])
+def test_straight_through_sites_of_some_batches_are_warned_of(monkeypatch, switched):
+    pair = Pair(switched)
+
+    def model(x, label=None):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            y = pyro.sample("y", dist.OneHotCategorical(logits=torch.zeros(2)), obs=pair.label)
+            pyro.sample("x", dist.Normal(z + y[..., 0], 1.0), obs=x)
+
+    def guide(x, label=None):
+        logits = pyro.param("logits", torch.zeros(2))
+        with pyro.plate("data", len(x)):
+            y = pair.label
+            if y is None:
+                y = pyro.sample("y", dist.OneHotCategoricalStraightThrough(logits=logits))
+            pyro.sample("z", dist.Normal((x - y[..., 0]) / 2, 0.5**0.5))
+
+    known, loss, warned = torch.eye(2)[LABELS.long()], ObjectiveELBO(IWAE(k=3)), set()
+    monkeypatch.setattr("mcobjectives.estimators._warned", warned)
+    for _ in range(2):
+        loss.loss_and_grads(model, guide, *pair.at(known))
+        assert not warned
+        with pytest.warns(UserWarning, match=r"h of the guide of site\(s\) y is discrete, and a gradient straight"):
+            loss.loss_and_grads(model, guide, *pair.at(None))
+        warned.clear()
+
+
+# Subsamples that the first run did not draw.
+
+N, B = 40, 10
+DATA = 2 * torch.randn(N, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def steps(x, size):
+    with pyro.plate("data", len(x), subsample_size=min(size or N, len(x))) as i:
+        w = pyro.sample("w", dist.Normal(torch.zeros(()), 1.0))
+        z = pyro.sample("z", dist.Normal(w, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[i])
+    return i
+
+
+def steps_back(x, size):
+    slope = pyro.param("slope", torch.tensor(0.3))
+    with pyro.plate("data", len(x), subsample_size=min(size or N, len(x))) as i:
+        w = pyro.sample("w", dist.Normal(slope * x[i], 1.0))
+        pyro.sample("z", dist.Normal(w / 2 + x[i] / 3, 0.7))
+
+
+@pytest.mark.parametrize("k", [7, 120])
+@pytest.mark.parametrize("first", [(DATA, None), (DATA, B), (DATA[:B], B)], ids=["whole", "subsampled", "small"])
+def test_a_seed_gives_the_same_numbers_in_chunks_whatever_was_looked_at_first(first, k):
+    found = []
+    for size in (None, 3, 50, 70):
+        pair, objective = PyroModel(steps, steps_back), IWAE(k=k, gradient="dreg", chunk_size=size)
+        IWAE(k=2).bound(pair, Arguments(*first))
+        pyro.param("slope").grad = None
+        torch.manual_seed(3)
+        loss = objective(pair, Arguments(DATA, B))
+        loss.backward()
+        found.append((loss.detach(), pyro.param("slope").grad))
+    for other in found[1:]:
+        close(other, found[0])
+
+
+def test_densities_of_given_samples_draw_a_subsample_that_the_first_look_did_not_show():
+    pair, drawn = PyroModel(steps, steps_back), []
+
+    def model(x, size):
+        drawn.append(steps(x, size))
+
+    pair.model = model
+    pair.log_joint(Arguments(DATA[:B], B), {name: torch.zeros(2, B) for name in "wz"})
+    h = {name: torch.randn(2, B) for name in "wz"}
+    found = pair.log_joint(Arguments(DATA, B), h)
+    expected = Normal(0.0, 1.0).log_prob(h["w"]) + Normal(h["w"], 1.0).log_prob(h["z"])
+    close(found, expected + Normal(h["z"], 1.0).log_prob(DATA[drawn[-1]]))
