@@ -260,15 +260,25 @@ def check_differentiable(h: Latent, log_q: Tensor) -> None:
     """Raise where q has parameters that samples do not depend on: their pathwise gradient would be lost."""
     if not (torch.is_grad_enabled() and log_q.requires_grad):
         return
-    parts = pytree.tree_leaves(h)
-    lost = [i for i, part in enumerate(parts) if not part.requires_grad]
-    if lost:
+    if not all(part.requires_grad for part in pytree.tree_leaves(h)):
         raise ModelError(
-            f"part(s) {lost} of h ({len(parts)} in all) carry no gradient, though log q(h | x) has parameters: "
+            f"{_lost(h)} carry no gradient, though log q(h | x) has parameters: "
             'a pathwise gradient would be wrong; use gradient="score" or "vimco" (discrete or mixed latents); '
             "a layer to be frozen is left out of the optimiser, with requires_grad as it is; those of a layer without "
             "parameters are marked by mcobjectives.parameterless(h)"
         )
+
+
+def _lost(h: Latent) -> str:
+    """The parts of h without a gradient, by name if they have names."""
+
+    def is_lost(part: Any) -> bool:
+        return not all(leaf.requires_grad for leaf in pytree.tree_leaves(part))
+
+    if isinstance(h, dict):
+        return f"part(s) {', '.join(repr(name) for name, part in h.items() if is_lost(part))} of h"
+    parts = pytree.tree_leaves(h)
+    return f"part(s) {[i for i, part in enumerate(parts) if is_lost(part)]} of h ({len(parts)} in all)"
 
 
 def parameterless(h: Tensor) -> Tensor:

@@ -160,6 +160,31 @@ def test_pathwise_on_a_mixed_latent_raises_before_the_joint(gradient, extra):
         IWAE(k=2, gradient=gradient, **extra)(model, X)
 
 
+class Named:
+    """The posterior of `Mixed`, with names for the parts of h, the second a tuple of one."""
+
+    def __init__(self, pair):
+        self.pair = pair
+
+    def rsample(self, shape):
+        coin, z = self.pair.rsample(shape)
+        return {"coin": coin, "layer": (z,)}
+
+    def log_prob(self, h):
+        return self.pair.log_prob((h["coin"], h["layer"][0]))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_parts_of_h_without_a_gradient_are_told_by_their_names(frozen):
+    mixed = Mixed()
+    for parameter in (mixed.q_b, mixed.q_m, mixed.q_n, mixed.q_r):
+        parameter.requires_grad_(not frozen)
+    model = Toy(posterior=lambda x: Named(mixed.posterior(x)), log_joint=never)
+    names = "'coin', 'layer'" if frozen else "'coin'"
+    with pytest.raises(ModelError, match=rf"^part\(s\) {names} of h carry no gradient"):
+        IWAE(k=2)(model, X)
+
+
 @pytest.mark.parametrize("gradient", ["score", "vimco", "rws"])
 @pytest.mark.parametrize("make", [Discrete, Mixed])
 def test_discrete_and_mixed_latents_train_by_the_score_family(make, gradient):
