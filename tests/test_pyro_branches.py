@@ -1,10 +1,13 @@
-"""Programs that branch, on a label that may be missing or on a switch: their first run does not show the later ones."""
+"""Programs that branch, on a label that may be missing or on a switch: their first run does not show the later ones.
+
+And terms of log p that are the same for all samples, as they should be or not.
+"""
 
 import math
 
 import pytest
 import torch
-from pyro_toys import clean, close  # noqa: F401  the fixture is for every test
+from pyro_toys import clean, close, conjugate, exact_guide  # noqa: F401  the fixture is for every test
 
 pyro = pytest.importorskip("pyro")
 
@@ -187,3 +190,130 @@ def test_densities_of_given_samples_draw_a_subsample_that_the_first_look_did_not
     found = pair.log_joint(Arguments(DATA, B), h)
     expected = Normal(0.0, 1.0).log_prob(h["w"]) + Normal(h["w"], 1.0).log_prob(h["z"])
     close(found, expected + Normal(h["z"], 1.0).log_prob(DATA[drawn[-1]]))
+
+
+# Terms that are the same for all samples.
+
+
+def with_term(term, whole=False):
+    """`conjugate` and a further term, for each data point or for the whole data set."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            if not whole:
+                term(z, x)
+        if whole:
+            term(z, x)
+
+    return model
+
+
+MIXED = {
+    "sum of all": with_term(lambda z, x: pyro.factor("f", -(z**2).sum()), whole=True),
+    "mean over samples": with_term(lambda z, x: pyro.sample("f", dist.Normal(z.mean(0), 1.0), obs=x)),
+    "first sample": with_term(lambda z, x: pyro.factor("f", z[0].expand(len(x)))),
+    "last sample": with_term(lambda z, x: pyro.factor("f", z[-1].expand(len(x)))),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient": "dreg"}, {"gradient": "rws"}, {"chunk_size": 2}], ids=str)
+@pytest.mark.parametrize("name", MIXED)
+def test_a_term_that_mixes_the_samples_is_refused(name, options):
+    pair = PyroModel(MIXED[name], exact_guide, weights="joint" if name == "sum of all" else "auto")
+    for k in (4, 120):
+        with pytest.raises(ModelError, match=r"log-density at site 'f' is one for all .* though it depends on them"):
+            IWAE(k=k, **options)(pair, X)
+
+
+def test_a_term_that_mixes_the_samples_of_a_later_batch_is_refused():
+    def model(x, mixes=None):
+        (MIXED["mean over samples"] if mixes else conjugate)(x)
+
+    def guide(x, mixes=None):
+        exact_guide(x)
+
+    elbo, log_p = ObjectiveELBO(IWAE(k=4)), Normal(0.0, 2**0.5).log_prob(X).sum()
+    for _ in range(2):
+        close(elbo.loss(model, guide, X), -log_p)
+        with pytest.raises(ModelError, match="log-density at site 'f' is one for all 4 samples"):
+            elbo.loss(model, guide, X, True)
+
+
+def test_a_factor_of_the_guide_that_mixes_the_samples_is_refused():
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+            pyro.factor("f", z.mean(0), has_rsample=True)
+
+    with pytest.raises(ModelError, match="log-density at site 'f' is one for all 4 samples"):
+        IWAE(k=4)(PyroModel(conjugate, guide), X)
+
+
+@pytest.mark.parametrize("k", [1, 4, 120])
+@pytest.mark.parametrize("options", [{}, {"gradient": "dreg"}, {"gradient": "rws"}, {"chunk_size": 3}], ids=str)
+def test_a_term_without_samples_is_that_of_each(options, k):
+    """A penalty on a parameter, and observations that no latent explains: log p(x) has both, whatever the samples."""
+
+    def term(z, x):
+        torch.rand(z.shape)  # a dropout, say
+        pyro.factor("penalty", -(pyro.param("theta", torch.tensor(0.3)) ** 2).expand(len(x)))
+        pyro.sample("f", dist.Normal(1.0, 2.0), obs=x)
+
+    elbo = ObjectiveELBO(IWAE(k=k, **options))
+    log_p = Normal(0.0, 2**0.5).log_prob(X) + Normal(1.0, 2.0).log_prob(X) - 0.3**2
+    for _ in range(2):
+        pyro.clear_param_store()
+        close(elbo.loss_and_grads(with_term(term), exact_guide, X), -log_p.sum())
+        close(pyro.param("theta").grad, torch.tensor(len(X) * 2 * 0.3))
+
+
+def test_a_look_at_terms_without_samples_runs_no_guide_with_a_dropout():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            w = pyro.sample("w", dist.Normal(z, 1.0))
+            pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+            pyro.factor("f", torch.ones(len(x)))
+
+    def guide(x):
+        torch.rand(3)
+        with pyro.plate("data", len(x)):
+            w = pyro.sample("w", dist.Normal(2 * x / 3, (2 / 3) ** 0.5))
+            pyro.sample("z", dist.Normal(w / 2, 0.5**0.5))
+
+    pair = PyroModel(model, guide)
+    for _ in range(2):
+        close(IWAE(k=4)(pair, X).detach(), -1 - Normal(0.0, 3**0.5).log_prob(X).mean())
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_a_look_at_terms_without_samples_leaves_what_the_guide_left(k):
+    class Guide:
+        def __call__(self, x):
+            loc = pyro.param("loc", x / 2)
+            with pyro.plate("data", len(x)):
+                self.twice = 2 * pyro.sample("z", dist.Normal(loc, 0.5**0.5))
+
+    guide = Guide()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(guide.twice / 2, 1.0), obs=x)
+            pyro.factor("f", torch.ones(len(x)))
+
+    for gradient in ("reparam", "dreg", "rws"):
+        pair, log_p = PyroModel(model, guide), Normal(0.0, 2**0.5).log_prob(X) + 1
+        for _ in range(2):
+            loss = IWAE(k=k, gradient=gradient)(pair, X)
+            loss.backward()
+            close(loss.detach(), -log_p.mean())
+        h = pair.posterior(X).sample(torch.Size((k,)))
+        fresh = PyroModel(model, guide)
+        fresh.structure(X)
+        h = fresh.posterior(X).sample(torch.Size((k,)))
+        joint = Normal(0.0, 1.0).log_prob(h["z"]) + Normal(h["z"], 1.0).log_prob(X) + 1
+        close(fresh.log_likelihood(X, h) + fresh.log_prior(h), joint)
+        close(fresh.log_likelihood(X, h) + fresh.log_prior(h), joint)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mcobjectives.context import rng_state, same_state
+from mcobjectives.context import generators_at, may_synchronise, rng_state, same_state
 from mcobjectives.model import ModelError
 from mcobjectives.pyro.programs import Layout, Program, Recorder, Site
 from mcobjectives.pyro.structure import (
@@ -143,6 +143,7 @@ class PyroModel(torch.nn.Module):
         self.max_plate_nesting, self.weights, self.scaled = max_plate_nesting, weights, scaled
         self._structure: Structure | None = None
         self._kinds: dict[tuple[str, ...], Kinds] = {}  # the guide's latest, by the types of its arguments
+        self._constant: set[tuple[str, ...]] = set()  # sites that do not depend on samples, with such arguments
         self._independent = True  # until a run of the programs shows otherwise
 
     def __getstate__(self) -> dict[str, Any]:
@@ -212,11 +213,40 @@ class PyroModel(torch.nn.Module):
             scale = layout.scale([*q.values(), *p.values()])
             if torch.is_grad_enabled() or not getattr(self.scale, "requires_grad", False):
                 self.scale = scale  # else it is the same with a graph: a loss has passes without one too
-        total = layout.sum((site for site in p.values() if (likelihood if site.observed else prior)), k, self.scaled)
-        change = layout.sum((site for site in q.values() if not site.free), k, self.scaled) if prior else None
+        shared: list[str] = []
+        own = (site for site in p.values() if (likelihood if site.observed else prior))
+        total = layout.sum(own, k, self.scaled, shared)
+        change = layout.sum((site for site in q.values() if not site.free), k, self.scaled, shared) if prior else None
+        self._check_shared(h, {(*h.posterior.types, name) for name in shared} - self._constant)
         if total is None:  # no observed site, or no latent one
             total = torch.zeros_like(h.posterior.log_prob(h))
         return total if change is None else total - change
+
+    def _check_shared(self, h: Sites, unknown: set[tuple[str, ...]]) -> None:
+        """Raise where a log-density is one for all samples though it depends on them: each weight needs its own."""
+        if not unknown or not all(map(may_synchronise, h.values())):
+            return
+        q, k = h.posterior.evaluate(h), h.k
+        of_guide = any(q[name].observed for *_, name in unknown if name in q)
+
+        def at(rows: list[int]) -> list[Tensor]:
+            here = {n: s if s.observed else s._replace(value=s.value[rows]) for n, s in q.items()}
+            with torch.no_grad(), generators_at():
+                if of_guide:  # no more than needed, since a guide may have a dropout
+                    here = h.posterior.record(k, given={n: s.value for n, s in here.items()}, draw=False)
+                sites = {**here, **self._execute(h, here)}
+            return [sites[name].log_prob() for *_, name in unknown]
+
+        runs = at([*range(k)]), at([*range(k)]), at([0] * k), at([-1] * k)
+        for (*_, name), both, again, first, last in zip(unknown, *runs, strict=True):
+            alone = torch.equal(both, first) and torch.equal(both, last)
+            if torch.equal(both, again) and not alone:  # a model with a counter is another at each run
+                raise ModelError(
+                    f"the log-density at site {name!r} is one for all {k} samples, though it depends on them: count "
+                    "dimensions from the right, .sum(-1) and z[..., 0], as those of the samples come first"
+                )
+        if not all(torch.equal(part[0], part[-1]) for part in h.values()):  # else they tell nothing
+            self._constant |= unknown
 
     def _run(self, h: Sites, q: Trace, part: tuple[bool, bool]) -> Trace:
         """The model's execution at h, kept for the other part of log p where the two are asked for one by one.
@@ -255,7 +285,7 @@ class GuidePosterior:
         self.subsamples: dict[str, Any] = dict(subsamples or {})
         self._drawn = set(self.subsamples)
         self._redrawn: set[str] = set()
-        self._types = _types(args, kwargs)
+        self.types = _types(args, kwargs)
         # Distributions that do not depend on other sites' samples are kept: no further execution is needed.
         self._kept: Trace | None = None
         if owner._independent:
@@ -265,8 +295,8 @@ class GuidePosterior:
         self._shown = self._surprised = False
         if self._kept is not None:
             self._show(self._kept)
-        elif self._types in owner._kinds:
-            self._kinds = owner._kinds[self._types]
+        elif self.types in owner._kinds:
+            self._kinds = owner._kinds[self.types]
         else:
             self._preview()
 
@@ -296,14 +326,14 @@ class GuidePosterior:
             return moving(self._kept)
         if not self._kinds.has_ends:
             return ()
-        return moving(self._record(1, preview=True, detach=True))
+        return moving(self.record(1, preview=True, detach=True))
 
     def rsample(self, sample_shape: torch.Size) -> Sites:
         """k samples, differentiable if the sites' distributions are: a dict of `(k, batch, ...)`."""
         (k,) = sample_shape
         if self._kept is None:
             known = set(self._drawn)
-            trace = self._record(k, redrawn=self._redrawn)
+            trace = self.record(k, redrawn=self._redrawn)
             self._redrawn |= self._drawn - known
             self._check(trace)
         else:
@@ -336,10 +366,10 @@ class GuidePosterior:
 
     def _preview(self) -> None:
         with torch.no_grad():
-            self._show(self._record(1, preview=True))
+            self._show(self.record(1, preview=True))
 
     def _show(self, trace: Trace) -> None:
-        self._kinds = self.owner._kinds[self._types] = kinds(trace)
+        self._kinds = self.owner._kinds[self.types] = kinds(trace)
         self._shown = True
 
     def _check(self, trace: Trace) -> None:
@@ -396,7 +426,7 @@ class GuidePosterior:
                 }
             else:
                 before, known = rng_state(), set(self._drawn)
-                h.trace = self._record(h.k, given=given, draw=False)
+                h.trace = self.record(h.k, given=given, draw=False)
                 if self._drawn == known and not same_state(before, rng_state()):
                     raise ModelError(
                         "the guide draws random numbers outside its sample sites (dropout?), so its density cannot be "
@@ -409,12 +439,14 @@ class GuidePosterior:
     def _independent(self) -> Trace | None:
         """The guide's sites, if none depends on another's samples."""
         try:  # two, as at one sample a squeeze, a reshape or a branch hides the dependence
-            trace = self._record(2, preview=True)
+            trace = self.record(2, preview=True)
         except Exception:  # it is written for one sample, or raises again at those that count
             return None
-        return None if any(site.depends_on_samples(self.layout.nesting) for site in trace.values()) else trace
+        # A factor is a function of the samples, whatever its shape.
+        depend = (site.observed or site.depends_on_samples(self.layout.nesting) for site in trace.values())
+        return None if any(depend) else trace
 
-    def _record(self, n: int, **options: Any) -> Trace:
+    def record(self, n: int, **options: Any) -> Trace:
         run = Recorder(n, self.layout.nesting, self.subsamples, **options)
         try:
             trace = run.run(self.owner.guide, self.args, self.kwargs)

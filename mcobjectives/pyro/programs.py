@@ -227,13 +227,20 @@ class Layout:
         """The inverse of `to_latent`."""
         return part.squeeze(1) if self.axis is None else part.movedim(1, self.axis)
 
-    def sum(self, sites: Iterable[Site], k: int, scaled: bool = False) -> Tensor | None:
-        """The sites' log-densities, `(k, batch)`; None where there are no sites."""
+    def sum(
+        self, sites: Iterable[Site], k: int, scaled: bool = False, shared: list[str] | None = None
+    ) -> Tensor | None:
+        """The sites' log-densities, `(k, batch)`; None where there are no sites.
+
+        `shared` takes the names of those that have one log-density for all samples.
+        """
         others = [i for i in range(1, self.nesting + 1) if i != self.axis]
         total: Tensor | None = None
         for site in sites:
             log_p = self._padded(site.log_prob(scaled))
             self._check(site, log_p, k)
+            if shared is not None and log_p.shape[0] < k:
+                shared.append(site.name)
             if others:
                 log_p = log_p.sum(others)
             if self.axis is None:
