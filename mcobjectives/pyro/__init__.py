@@ -24,7 +24,8 @@ gradient needs no scores (`score`, `vimco`, `rws`).
 
 **The guide** is a density q of its random sites. `Delta` sites and reparameterised factors in it, which autoguides
 make, are a change of variables: they belong to the joint density, whatever parameters they have. So STL and DReG stop
-the parameters of q and nothing else.
+the parameters of q and nothing else. Where q has none, as in `AutoStructured`, whose random sites are plain noise, they
+are the same as reparam.
 """
 
 try:
