@@ -76,6 +76,21 @@ def test_labels_may_be_missing_in_some_batches(order, switched):
                 close(pyro.param("shift").grad, torch.zeros(()))
 
 
+def test_batches_that_take_turns_cost_no_further_run_of_the_guide():
+    pair, runs = Mixture(switched=False), []
+
+    def guide(x, label=None):
+        runs.append(label)
+        pair.guide(x, label)
+
+    both, objective = PyroModel(pair.model, guide), {True: IWAE(k=4, gradient="vimco"), False: IWAE(k=4)}
+    for turn in range(3):
+        for label in (None, LABELS):
+            runs.clear()
+            objective[label is None](both, Arguments(*pair.at(label)))
+            assert turn == 0 or len(runs) == 1 + (label is None)  # vimco scores the samples that it has drawn
+
+
 class Ends(Pair):
     """w and z ~ N(0, 1), x ~ N(z + w, 1); given a label, the guide's z is a Normal, and else a Uniform that moves."""
 
@@ -229,7 +244,7 @@ def test_a_term_that_mixes_the_samples_is_refused(name, options):
 
 def test_a_term_that_mixes_the_samples_of_a_later_batch_is_refused():
     def model(x, mixes=None):
-        (MIXED["mean over samples"] if mixes else conjugate)(x)
+        (MIXED["mean over samples"] if mixes else with_term(lambda z, x: pyro.factor("f", torch.zeros(len(x)))))(x)
 
     def guide(x, mixes=None):
         exact_guide(x)
@@ -247,8 +262,11 @@ def test_a_factor_of_the_guide_that_mixes_the_samples_is_refused():
             z = pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
             pyro.factor("f", z.mean(0), has_rsample=True)
 
+    pair = PyroModel(conjugate, guide)
     with pytest.raises(ModelError, match="log-density at site 'f' is one for all 4 samples"):
-        IWAE(k=4)(PyroModel(conjugate, guide), X)
+        IWAE(k=4)(pair, X)
+    h = pair.posterior(X).sample(torch.Size((1,)))  # the one sample's own
+    close(pair.log_joint(X, h), Normal(0.0, 1.0).log_prob(h["z"]) + Normal(h["z"], 1.0).log_prob(X) - h["z"])
 
 
 @pytest.mark.parametrize("k", [1, 4, 120])
