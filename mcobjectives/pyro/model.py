@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mcobjectives.context import generators_at, may_synchronise
-from mcobjectives.model import ModelError
+from mcobjectives.context import may_synchronise
+from mcobjectives.model import ModelError, without_trace
 from mcobjectives.pyro.guide import GuidePosterior, Sites, Trace, types_of
 from mcobjectives.pyro.programs import Layout, Program, Recorder
 from mcobjectives.pyro.structure import Kinds, Structure, check_matched, inspect
@@ -179,7 +179,7 @@ class PyroModel(torch.nn.Module):
 
         def at(rows: list[int]) -> list[Tensor]:
             here = {n: s if s.observed else s._replace(value=s.value[rows]) for n, s in q.items()}
-            with torch.no_grad(), generators_at():
+            with without_trace(self):
                 if of_guide:  # no more than needed, since a guide may have a dropout
                     here = h.posterior.record(k, given={n: s.value for n, s in here.items()}, draw=False)
                 sites = {**here, **self._execute(h, here)}
