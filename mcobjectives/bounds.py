@@ -39,6 +39,7 @@ class BatchBound:
     """
 
     objective: Objective
+    model: Any
     plan: Plan
     samples: Samples
     log_p: Density
@@ -89,7 +90,9 @@ class BatchBound:
         else:
             h, q = self._draw(graph=False)
             log_w = self._numbers(detached(h), q, self.objective.k)
+            cast_anew()
             _require_rows(h, log_w.shape[1])
+            require_function_of_h(self.model, samples.posterior, h)
         bound = self._reduce(log_w)
         with torch.no_grad():
             arrays = self._weights(log_w)
@@ -107,6 +110,7 @@ class BatchBound:
         if before is not None and not same_state(before, rng_state()):
             # A dropout, perhaps, whose change passes for rounding beside log p(x, h); or a thread that loads data.
             again = self._numbers(detached(chosen), None, m)
+            cast_anew()
             require_unchanged(again, kept.log_w, LOG_WEIGHTS, tolerance=1e-6 if again.dtype == torch.float32 else 1e-10)
         # Loosely: in half precision m rows are not multiplied as k rows are, to the last of their few bits.
         require_unchanged(kept.log_w, log_w.gather(0, index), LOG_WEIGHTS, tolerance=1e-2)
@@ -135,7 +139,10 @@ class BatchBound:
         return self.samples.draw_with(self.log_q if graph else without_graph, start, stop)
 
     def _terms(self, plan: Plan, h: Latent, q: Tensor | None, k: int, ratio: Ratio) -> Terms:
-        return terms(plan, self.log_p, self.log_q, h, q, k, self.objective.tempering, ratio)
+        found = terms(plan, self.log_p, self.log_q, h, q, k, self.objective.tempering, ratio)
+        if not plan.plain:
+            require_function_of_h(self.model, self.samples.posterior, h)
+        return found
 
     def _chunks(self) -> list[tuple[int, int]]:
         k = self.objective.k
@@ -151,14 +158,13 @@ class BatchBound:
             with torch.no_grad():
                 h, q = self._draw(start, stop)
             parts.append(self._numbers(h, q, stop - start))
+        cast_anew()
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _numbers(self, h: Latent, q: Tensor | None, k: int) -> Tensor:
         """The log-weights of given samples, at which log q is known or None, `(k, batch)`, without a graph."""
         with torch.no_grad():
-            log_w = self._terms(PLAIN, h, q, k, Ratio()).log_w
-        cast_anew()
-        return log_w
+            return self._terms(PLAIN, h, q, k, Ratio()).log_w
 
     def _redraw(self, index: Tensor) -> Latent:
         """The chosen samples, `(m, batch, ...)`, drawn again chunk by chunk."""
@@ -252,11 +258,9 @@ def open_batch(objective: Objective, model: Any, x: Any) -> BatchBound:
         pathwise=plan.path and torch.is_grad_enabled(),
         replay=objective.chunk_size is not None,
     )
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        require_function_of_h(objective, model, posterior)
     ratio = expected_log_ratio(model, posterior) if objective.analytic_kl else None
     log_q = ratio or (lambda h: density(posterior, "log_prob", h=h))
-    return BatchBound(objective, plan, samples, log_p, log_q, upstream)
+    return BatchBound(objective, model, plan, samples, log_p, log_q, upstream)
 
 
 def _cut_off(x: Any) -> tuple[Any, dict[Tensor, Tensor]]:

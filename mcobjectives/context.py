@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def may_synchronise(value: Tensor) -> bool:
     """Whether the host may look at the numbers: not while a compiler traces or a CUDA graph is captured.
 
-    Nor where there are none, on the meta device.
+    Nor where there are none, on the meta device or under a mode that traces with fake tensors.
     """
-    if torch.compiler.is_compiling() or is_transformed(value) or value.is_meta:
+    traced = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+    if traced or is_transformed(value) or value.is_meta:
         return False
     return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -130,7 +130,7 @@ def log_weights(log_p: Tensor, log_q: Tensor, expected_k: int, h: Latent) -> Ten
 
 def _warn_of_shared_rows(h: Latent, batch: int) -> None:
     """Where one part of h has a row for each data point and another one for all of them, which broadcasts."""
-    if isinstance(h, Tensor) or batch == 1:
+    if isinstance(h, Tensor) or torch.compiler.is_compiling() or batch == 1:
         return
     leaves = pytree.tree_leaves(h)
     if {part.shape[1:2] for part in leaves} == {(1,), (batch,)}:

@@ -186,8 +186,8 @@ def evaluate(
         (1.2655, 0.0)
     """
     points, device = rows_and_device(x)
-    as_one = batch_size is not None and batch_size >= points
     rows = _ROWS_AT_ONCE.get(device.type, _ROWS_AT_ONCE["cpu"])
+    as_one = batch_size == points
     batch_size = min(points, math.isqrt(rows)) if batch_size is None else batch_size
     require_count("k", k)
     require_count("batch_size", batch_size)

@@ -14,6 +14,7 @@ from mcobjectives.context import is_transformed, may_synchronise
 from mcobjectives.densities import at_least_float32
 
 _BLOCK = 160_000
+_ROUNDING = 1e-5
 _GROUP = 16  # a product of 16 factors, each in (1, 2], stays far inside float32
 
 
@@ -93,7 +94,7 @@ def _require_unit_interval(x: Tensor) -> None:
     if x.dtype == torch.bool or not x.numel() or not may_synchronise(x):
         return
     low, high = x.detach().aminmax()
-    if low < 0 or high > 1:
+    if (low < -_ROUNDING) | (high > 1 + _ROUNDING):  # one look: on a GPU each would be waited for
         raise ValueError(
             f"x must be in [0, 1], got values from {float(low):g} to {float(high):g}: divide bytes by 255, and leave "
             "out a Normalize"

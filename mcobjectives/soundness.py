@@ -6,13 +6,16 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from torch.distributions import Distribution
+from torch.utils import _pytree as pytree
 
+from mcobjectives.context import may_synchronise
 from mcobjectives.messages import warn_once
-from mcobjectives.model import ModelError, has_methods, without_trace
+from mcobjectives.model import Latent, ModelError, has_methods, without_trace
 from mcobjectives.sampling import (
+    detached,
     has_rsample,
+    ignores_h,
     is_discrete,
-    knows_its_latest_alone,
     moving_support,
     named,
     without_inverse,
@@ -21,8 +24,7 @@ from mcobjectives.sampling import (
 if TYPE_CHECKING:
     from mcobjectives.objective import Objective
 
-_ASKED_AGAIN = ("attach", "named_by_sites")  # methods of posteriors that are made for it
-_FUNCTIONS_OF_H: weakref.WeakSet[type] = weakref.WeakSet()
+_FUNCTIONS_OF_H: weakref.WeakKeyDictionary[type, weakref.WeakSet[type]] = weakref.WeakKeyDictionary()
 
 
 def require_sound(objective: Objective, posterior: Any) -> None:
@@ -56,17 +58,20 @@ def warn_if_straight_through(posterior: Any) -> None:
         )
 
 
-def require_function_of_h(objective: Objective, model: Any, posterior: Any) -> None:
-    """Raise where log q is asked for at other samples than the latest, and known of these alone; once of each class."""
-    at_latest = objective.plan.plain and objective.chunk_size is None and objective.backward_samples is None
-    made_for_it = isinstance(posterior, Distribution) or any(has_methods(posterior, m) for m in _ASKED_AGAIN)
-    kind = type(posterior)
-    if at_latest or made_for_it or kind in _FUNCTIONS_OF_H:
+def require_function_of_h(model: Any, posterior: Any, h: Latent) -> None:
+    """Raise where log_prob(h) is that of the samples drawn last, whatever h is, as flows often keep it.
+
+    Once for each class of model and posterior, after log q was taken at h: what q keeps from then on has its graph.
+    """
+    kind, seen = type(posterior), _FUNCTIONS_OF_H.setdefault(type(posterior), weakref.WeakSet())
+    made_for_it = isinstance(posterior, Distribution) or has_methods(posterior, "named_by_sites")
+    parts = pytree.tree_leaves(h)
+    if type(model) in seen or made_for_it or not all(map(may_synchronise, parts)) or len(parts[0]) < 2:
         return
     with without_trace(model):
-        if knows_its_latest_alone(posterior):
+        if ignores_h(posterior, detached(h)):
             raise ModelError(
                 f"log_prob(h) of {kind.__name__} gives the density of its latest samples, whatever h is: compute it "
                 "from h, or use gradient='reparam' without chunk_size and backward_samples"
             )
-    _FUNCTIONS_OF_H.add(kind)
+    seen.add(type(model))

@@ -104,15 +104,15 @@ def terms(
         log_w = log_weights(log_p(h), tempered(q), k, h)
         return Terms(log_w, log_w, None, None)
 
-    if plan.path and plan.ratio:
-        scaled = scale(h, ratio)
-        p = log_p(scaled)
-        a_term, c_term = p - tempered(stopped(log_q, scaled, q)), None
-    else:
-        a_term = p = log_p(fixed)
-        c_term = stopped(log_p, h, p) - tempered(stopped(log_q, h, q)) if plan.path else None
+    together = plan.path and plan.ratio
+    at = scale(h, ratio) if together else fixed
+    p = log_p(at)
     log_w = log_weights(p.detach(), tempered(q.detach()), k, h)
-    return Terms(log_w, a_term, c_term, -q if plan.score else None)
+    s_term = -q if plan.score else None
+    if together:
+        return Terms(log_w, p - tempered(stopped(log_q, at, q)), None, s_term)
+    path = stopped(log_p, h, p) - tempered(stopped(log_q, h, q)) if plan.path else None
+    return Terms(log_w, p, path, s_term)
 
 
 def scale(h: Latent, ratio: Ratio) -> Latent:

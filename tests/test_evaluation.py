@@ -590,8 +590,10 @@ def test_data_that_share_their_latents_are_evaluated_as_one():
     assert exact.log_likelihood.shape == (1,) and told == [6] and float(exact.ess) == pytest.approx(70)
     assert -exact.nll == pytest.approx(float(evidence.log_prob(targets)), abs=1e-10)
     torch.manual_seed(0)
-    near = evaluate(Regression(1.3), (inputs, targets), k=20_000, batch_size=100)
+    near = evaluate(Regression(1.3), (inputs, targets), k=20_000, batch_size=6)
     assert -near.nll == pytest.approx(float(evidence.log_prob(targets)), abs=0.02) and float(near.khat) < 0.7
-    for batch_size in (None, 3):  # as one only where it is asked for
+    with pytest.raises(ValueError, match=r"^batch_size must be an integer of at least 1, got '6'"):
+        evaluate(Regression(1.0), (inputs, targets), k=5, batch_size="6")
+    for batch_size in (None, 3, 100):  # as one only where it is asked for
         with pytest.raises(ModelError, match=r"for 1 data points, expected \d: .* batch_size=6 evaluates that\)"):
             evaluate(Regression(1.0), (inputs, targets), k=5, batch_size=batch_size)

@@ -3,6 +3,7 @@ import math
 import mpmath
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mcobjectives.likelihoods import bernoulli_log_likelihood, discretised_logistic_log_likelihood
 
@@ -280,3 +281,17 @@ def test_pixels_out_of_the_unit_interval_are_refused(x, found):
         bernoulli_log_likelihood(torch.zeros(5, 1, 3), x)
     with pytest.raises(ValueError, match=rf"^x must be in \[0, 1\], got values {found}"):
         discretised_logistic_log_likelihood(torch.zeros(5, 1, 3), torch.zeros(3), x)
+
+
+def test_rounding_at_the_ends_of_the_unit_interval_is_no_offence():
+    x = torch.tensor([[1 + 2e-7, -2e-7, 0.5]])
+    assert bernoulli_log_likelihood(torch.zeros(1, 3), x).isfinite().all()
+
+
+def test_it_traces_with_fake_tensors():
+    def total(logits, x):
+        return bernoulli_log_likelihood(logits, x).sum()
+
+    logits, x = torch.randn(3, 2, 5), torch.rand(2, 5)
+    graph = make_fx(total, tracing_mode="symbolic")(logits, x)
+    torch.testing.assert_close(graph(logits, x), total(logits, x))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
+from functools import cached_property
 
 import numpy as np
 import pytest
@@ -174,3 +176,96 @@ def test_it_will_do_where_only_the_latest_samples_are_asked_for():
         IWAE(k=4)(model, X).backward()
         gradients.append(model.slope.grad)
     torch.testing.assert_close(*gradients)
+
+
+class Lazy:
+    """Computes its mean when it is first asked for it, and keeps it with the graph that it has then."""
+
+    draws = 0
+
+    def __init__(self, mean):
+        self.make, self.own = (lambda: mean * 1.0), torch.Generator().manual_seed(3)
+
+    @cached_property
+    def mean(self):
+        return self.make()
+
+    def rsample(self, shape):
+        assert shape[0] % 4 == 0  # as an antithetic sampler's must be
+        noise = torch.randn(*shape, *self.mean.shape, dtype=F64, generator=self.own)
+        return self.mean + noise
+
+    def log_prob(self, h):
+        return Normal(self.mean, 1.0).log_prob(h)
+
+
+@pytest.mark.parametrize("options", [{"gradient": "dreg"}, {"gradient": "stl"}, {"gradient": "vimco"}], ids=str)
+@pytest.mark.filterwarnings("ignore:gradient='stl' is biased")
+def test_a_posterior_is_asked_for_nothing_but_what_the_loss_takes(options):
+    found = []
+    for _ in range(2):  # whether its class is looked at or known
+        model = Flowing(Lazy if options["gradient"] != "vimco" else Eager)
+        loss = IWAE(k=8, **options)(model, X)
+        loss.backward()
+        found.append((loss.detach(), model.slope.grad))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert found[0][1] is not None and found[0][1] != 0
+
+
+class Eager(Lazy):
+    """Has its mean before samples are drawn without a graph."""
+
+    def __init__(self, mean):
+        super().__init__(mean)
+        self.mean  # noqa: B018
+
+
+def test_one_use_that_could_not_look_does_not_vouch_for_others():
+    class Kept(Flow):
+        pass
+
+    model = Flowing(Kept)
+    names = dict(model.named_parameters())
+    with suppress(RuntimeError):
+        torch.func.grad(lambda p: torch.func.functional_call(IWAE(k=4, gradient="vimco").bind(model), p, (X,)))(
+            {f"model.{name}": value.detach() for name, value in names.items()}
+        )
+    with pytest.raises(ModelError, match=r"^log_prob\(h\) of Kept gives the density of its latest samples"):
+        IWAE(k=4, gradient="vimco")(model, X)
+
+
+def test_a_shape_that_does_not_fit_is_named_by_dreg_too():
+    model = Toy(log_joint=lambda x, h: -(h**2).sum(-1))
+    with pytest.raises(ModelError, match=r"^log p\(x, h\) has shape \(5,\), expected \(k, batch\)"):
+        IWAE(k=5, gradient="dreg")(model, X)
+
+
+def test_one_compiled_graph_is_enough_for_all_sizes_of_a_batch_where_h_has_parts():
+    class Halves:
+        def __init__(self, mean):
+            self.base = Independent(Normal(mean, 1.0), 1)
+
+        def rsample(self, shape):
+            return self.base.rsample(shape).split([2, 3], -1)
+
+        def log_prob(self, h):
+            return self.base.log_prob(torch.cat(h, -1))
+
+    class Model(nn.Linear):
+        def posterior(self, x):
+            return Halves(self(x))
+
+        def log_joint(self, x, h):
+            return -(torch.cat(h, -1) - x).square().sum(-1)
+
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    loss = torch.compile(IWAE(k=4).bind(Model(5, 5)), fullgraph=True, dynamic=True, backend=backend)
+    for batch in (7, 9, 11, 13):
+        assert loss(torch.randn(batch, 5)).isfinite()
+    assert len(graphs) == 1

@@ -273,7 +273,7 @@ def _mass(h: Tensor, log_q: Tensor, what: str) -> str:
     if not math.isfinite(mean + error):
         return "q is too far from a Gaussian"
     slack = LARGEST_Z * error + 3 * float((tails - 1e-3).clamp(min=0).sum()) + 1e-3
-    unseen = (1 - reach) / 2  # of the Gaussian's mass, where it goes beyond a skewed q
+    unseen = max(0.0, 0.5 - reach)  # of the Gaussian's mass, where it goes far beyond a skewed q
     if not -slack - unseen <= mean - 1 <= slack:
         raise Broken(
             f"{what} has a mass of {1 / mean:.5g} instead of 1 (importance identity: {mean:.5g} +- {error:.2g})"

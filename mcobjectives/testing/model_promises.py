@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from mcobjectives.densities import log_joint as density_of
 from mcobjectives.densities import log_weights
 from mcobjectives.model import Latent, called, has_methods
-from mcobjectives.sampling import detached, draw, has_rsample, knows_its_latest_alone, without_inverse
+from mcobjectives.sampling import detached, draw, has_rsample, ignores_h, without_inverse
 from mcobjectives.testing.densities import (
     is_whole,
     normalisation,
@@ -294,7 +294,11 @@ def seeds(s: Subject) -> None:
 def _require_function(s: Subject) -> None:
     """Raise where log_prob(h) gives what the latest draw left, whatever h is."""
     posterior = s.model.posterior(s.x)
-    if not of_latest_alone(posterior) and knows_its_latest_alone(posterior):
+    if of_latest_alone(posterior) or s.k < 2:
+        return
+    with torch.no_grad():
+        ignored = ignores_h(posterior, detached(draw(posterior, s.k)))
+    if ignored:
         raise Broken(
             "log_prob(h) must be a function of h: it gives the density of the latest samples, whatever h is",
             "log q(h | x) that rsample stores for log_prob: compute it from h there",
