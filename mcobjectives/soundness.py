@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.distributions import Distribution
 from torch.utils import _pytree as pytree
 
@@ -63,10 +64,12 @@ def require_function_of_h(model: Any, posterior: Any, h: Latent) -> None:
 
     Once for each class of model and posterior, after log q was taken at h: what q keeps from then on has its graph.
     """
-    kind, seen = type(posterior), _FUNCTIONS_OF_H.setdefault(type(posterior), weakref.WeakSet())
     made_for_it = isinstance(posterior, Distribution) or has_methods(posterior, "named_by_sites")
-    parts = pytree.tree_leaves(h)
-    if type(model) in seen or made_for_it or not all(map(may_synchronise, parts)) or len(parts[0]) < 2:
+    if made_for_it or torch.compiler.is_compiling():
+        return
+    kind, parts = type(posterior), pytree.tree_leaves(h)
+    seen = _FUNCTIONS_OF_H.setdefault(kind, weakref.WeakSet())
+    if type(model) in seen or len(parts[0]) < 2 or not all(map(may_synchronise, parts)):
         return
     with without_trace(model):
         if ignores_h(posterior, detached(h)):
