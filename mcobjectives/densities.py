@@ -132,12 +132,13 @@ def _warn_of_shared_rows(h: Latent, batch: int) -> None:
     """Where one part of h has a row for each data point and another one for all of them, which broadcasts."""
     if isinstance(h, Tensor) or torch.compiler.is_compiling() or batch == 1:
         return
-    leaves = pytree.tree_leaves(h)
-    if {part.shape[1:2] for part in leaves} == {(1,), (batch,)}:
-        shapes = ", ".join(str(tuple(part.shape)) for part in leaves)
+    rows = [part.shape[1:2] for part in pytree.tree_leaves(h)]
+    if set(rows) == {(1,), (batch,)}:
+        shared = [i for i, one in enumerate(rows) if one == (1,)]
         warn_once(
-            f"the parts of h have shapes {shapes} for {batch} data points: log p and log q of a part that they share "
-            "count once for each of them; for one latent of the whole data set sum both over it, to (k, 1)"
+            f"part(s) {shared} of h ({len(rows)} in all) are one for all data points, where the others have a row for "
+            "each: their log p and log q count once for each of these; for one latent of the whole data set sum both "
+            "over it, to (k, 1)"
         )
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from pyro_toys import clean, close, conjugate, exact_guide  # noqa: F401  the fixture is for every test
+from pyro_toys import LeavesTwice, clean, close, conjugate, exact_guide  # noqa: F401  the fixture is for every test
 
 pyro = pytest.importorskip("pyro")
 
@@ -526,13 +526,7 @@ def test_a_guide_that_branches_on_a_sample_has_one():
     ids=repr,
 )
 def test_what_a_guide_leaves_for_the_model_is_of_the_same_samples(objective):
-    class Guide:
-        def __call__(self, x):
-            loc = pyro.param("loc", x / 2)
-            with pyro.plate("data", len(x)):
-                self.twice = 2 * pyro.sample("z", dist.Normal(loc, 0.5**0.5))
-
-    guide = Guide()
+    guide = LeavesTwice()
 
     def model(x):
         with pyro.plate("data", len(x)):
