@@ -1,4 +1,4 @@
-"""Which posteriors an objective's gradient would be wrong for: refused, or warned of, before anything is computed."""
+"""Which posteriors an objective's gradient would be wrong for: refused, or warned of."""
 
 from __future__ import annotations
 

@@ -181,8 +181,6 @@ def test_it_will_do_where_only_the_latest_samples_are_asked_for():
 class Lazy:
     """Computes its mean when it is first asked for it, and keeps it with the graph that it has then."""
 
-    draws = 0
-
     def __init__(self, mean):
         self.make, self.own = (lambda: mean * 1.0), torch.Generator().manual_seed(3)
 

@@ -82,9 +82,8 @@ def draw_figure(
     if figures.figure(number).labelled:
         figures.test_labels(loaded.name, data_dir)  # a missing file shows before the work
     for config in configs:
-        recorded(
-            runs, config, loaded.checksum, "--runs"
-        )  # a checkpoint of other settings than the record's is not made
+        # A checkpoint of other settings than the record's is not made.
+        recorded(runs, config, loaded.checksum, "--runs")
     done = passes_done(runs, configs, loaded.checksum, "--runs")
     files.require_writable(out)
     surroundings = provenance()
